@@ -1,0 +1,596 @@
+"""Flow-head policies for Stable-Baselines3: an observation encoder, a flow head, and the samplers around them."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import (
+    get_flattened_obs_dim,
+    is_image_space,
+    is_image_space_channels_first,
+    preprocess_obs,
+)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fagrpo.flow_sde import FlowChain, sample_chain
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@runtime_checkable
+class FlowHead(Protocol):
+    """A policy head: anything with a velocity function.
+
+    ``head(x_t, t, context)`` returns v = eps - x_0 for a batch: x_t (B, \\*A) the noised action in the policy's normalised
+    units, t (B,) in (0, 1], context (B, C) the encoded observation; the result is (B, \\*A). It must be deterministic and treat
+    rows independently (no dropout, no batch normalisation), or the ratio of new to old probability is not 1 before the
+    first update. Pass the class as ``policy_kwargs=dict(flow_head_class=...)``: it is built with
+    ``flow_head_class(action_shape, context_dim, **flow_head_kwargs)``.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor: ...
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sine-cosine embedding of times.
+
+    :param t: (B,) in [0, 1]
+    :param dim: even
+    :return: float32 (B, dim)
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.linspace(0.0, np.log(1000.0), half, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class _ModulatedBlock(nn.Module):
+    """Pre-norm residual MLP whose scale and shift come from the condition (AdaLN)."""
+
+    def __init__(self, width: int, hidden: int, condition_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(condition_dim, 2 * width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+        nn.init.zeros_(self.contract.weight)
+        nn.init.zeros_(self.contract.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        hidden = self.norm(x) * (1 + scale) + shift
+        return x + self.contract(F.silu(self.expand(hidden)))
+
+
+class MlpFlowHead(nn.Module):
+    """Flow head over a flattened action chunk: residual MLP blocks, modulated by the context and the time.
+
+    It predicts the clean action x_0, which fits faster than the velocity at this scale, and returns the velocity
+    ``v = (x_t - x_0) / t``. Samplers evaluate it at t >= 1 / K; below ``min_time`` the division uses ``min_time``.
+
+    :param action_shape: A
+    :param context_dim: C
+    :param width: of the residual stream
+    :param hidden: of each block's MLP
+    :param num_blocks: number of blocks
+    :param time_dim: of the time embedding, even
+    :param min_time: smallest divisor
+    """
+
+    def __init__(
+        self,
+        action_shape: tuple[int, ...],
+        context_dim: int,
+        width: int = 256,
+        hidden: int = 512,
+        num_blocks: int = 3,
+        time_dim: int = 64,
+        min_time: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.time_dim = time_dim
+        self.min_time = min_time
+        dim = int(np.prod(action_shape))
+        self.embed = nn.Linear(dim, width)
+        self.time_embed = nn.Sequential(
+            nn.Linear(time_dim, context_dim), nn.SiLU(), nn.Linear(context_dim, context_dim)
+        )
+        self.context_skip = nn.Linear(context_dim, width)
+        self.blocks = nn.ModuleList([_ModulatedBlock(width, hidden, context_dim) for _ in range(num_blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, dim)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        flat = x_t.flatten(1)
+        condition = F.silu(context + self.time_embed(sinusoidal_embedding(t, self.time_dim)))  # (B, C)
+        hidden = self.embed(flat) + self.context_skip(context)  # (B, width)
+        for block in self.blocks:
+            hidden = block(hidden, condition)
+        x_0 = self.project(self.norm(hidden)).float()
+        velocity = (flat - x_0) / t.clamp(min=self.min_time)[:, None]
+        return velocity.reshape(x_t.shape)
+
+
+class _ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of (B, C, H, W), independent of the batch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normed
+
+
+class _ImageTrunk(nn.Module):
+    """Convolutions that keep the layout of an image: /8 in size, then keypoints and a flattened low-channel map.
+
+    The vectors of the observation (an instruction, proprioception) modulate the channels (FiLM), so that the network can look
+    for the object that is named; two coordinate channels tell it where a feature is.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], condition_dim: int, channels: Sequence[int], keypoints: int, map_channels: int
+    ) -> None:
+        super().__init__()
+        first, second = channels
+        self.stem = nn.Sequential(nn.Conv2d(shape[0], first, 8, stride=4, padding=2), _ChannelNorm(first), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(first, second, 3, stride=2, padding=1), _ChannelNorm(second))
+        self.film_down = nn.Linear(condition_dim, 2 * second)
+        self.mix = nn.Sequential(nn.Conv2d(second + 2, second, 3, padding=1), _ChannelNorm(second))
+        self.film_mix = nn.Linear(condition_dim, 2 * second)
+        self.refine = nn.Sequential(nn.Conv2d(second, second, 3, padding=1), _ChannelNorm(second), nn.ReLU())
+        self.keypoints = nn.Conv2d(second, keypoints, 1)
+        self.map = nn.Conv2d(second, map_channels, 1)
+        with torch.no_grad():
+            height, width = self.down(self.stem(torch.zeros(1, *shape))).shape[2:]
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("grid", torch.stack([columns, rows]), persistent=False)  # (2, h, w)
+        self.grid: Tensor
+        self.output_dim = 2 * keypoints + map_channels * height * width
+        self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _film(x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+        return F.relu(x * (1 + scale) + shift)
+
+    def forward(self, image: Tensor, condition: Tensor) -> Tensor:
+        """Image (B, C, H, W) in [0, 1] and condition (B, condition_dim) -> (B, output_dim)."""
+        x = self.stem((2 * image - 1).contiguous(memory_format=torch.channels_last))
+        x = self._film(self.down(x), self.film_down(condition))
+        grid = self.grid.expand(len(x), -1, -1, -1)
+        x = self._film(self.mix(torch.cat([x, grid], dim=1)), self.film_mix(condition))
+        x = x + self.refine(x)
+        attention = self.keypoints(x).flatten(2).softmax(dim=2)  # (B, keypoints, h w)
+        points = attention @ self.grid.flatten(1).t()  # (B, keypoints, 2)
+        return torch.cat([points.flatten(1), self.map(x).flatten(1)], dim=1)
+
+
+class FlowObservationEncoder(BaseFeaturesExtractor):
+    """Default encoder of a Box or Dict observation: convolutions for images, normalised vectors for all the rest.
+
+    Vectors are normalised with statistics that :meth:`set_statistics` stores (the identity until then) and limited to
+    +-10 standard deviations.
+
+    :param observation_space: Box or Dict; images are uint8, channels first
+    :param features_dim: C, the size of the context
+    :param observation_keys: keys of a Dict to use, in this order; None: all. Leaving an image out gives a blind control.
+    :param vector_dim: embedding size of each vector
+    :param channels: channels of the two convolution stages
+    :param keypoints: number of spatial-softmax keypoints per image
+    :param map_channels: channels of the flattened map per image
+    :raises ValueError: an unknown key (the message lists the valid ones), or an image smaller than 32 pixels
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        features_dim: int = 256,
+        observation_keys: Sequence[str] | None = None,
+        vector_dim: int = 128,
+        channels: tuple[int, int] = (48, 64),
+        keypoints: int = 32,
+        map_channels: int = 12,
+    ) -> None:
+        super().__init__(observation_space, features_dim)
+        self.is_dict = isinstance(observation_space, spaces.Dict)
+        entries = (
+            dict(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else {"box": observation_space}
+        )
+        if observation_keys is not None:
+            if not self.is_dict:
+                raise ValueError("observation_keys needs a Dict observation space; this one has no keys")
+            unknown = [key for key in observation_keys if key not in entries]
+            if unknown or not observation_keys:
+                raise ValueError(f"unknown or no observation_keys {unknown}; choose from {', '.join(entries)}")
+            entries = {key: entries[key] for key in observation_keys}
+        self.image_keys = [key for key, space in entries.items() if is_image_space(space)]
+        self.vector_keys = [key for key in entries if key not in self.image_keys]
+
+        self.vectors = nn.ModuleDict()
+        for key in self.vector_keys:
+            dim = get_flattened_obs_dim(entries[key])
+            self.register_buffer(f"mean_{key}", torch.zeros(dim))
+            self.register_buffer(f"std_{key}", torch.ones(dim))
+            self.vectors[key] = nn.Sequential(nn.Linear(dim, vector_dim), nn.LayerNorm(vector_dim), nn.SiLU())
+        condition_dim = max(1, vector_dim * len(self.vector_keys))
+        self.images = nn.ModuleDict()
+        for key in self.image_keys:
+            shape = entries[key].shape
+            if shape is None or min(shape[1:]) < 32:
+                raise ValueError(f"image {key!r} must be channels first and at least 32x32 pixels, got {shape}")
+            self.images[key] = _ImageTrunk(shape, condition_dim, channels, keypoints, map_channels)
+        total = vector_dim * len(self.vector_keys) + sum(trunk.output_dim for trunk in self.images.values())  # type: ignore[misc]
+        self.fuse = nn.Sequential(
+            nn.Linear(total, features_dim), nn.LayerNorm(features_dim), nn.SiLU(), nn.Linear(features_dim, features_dim)
+        )
+
+    def set_statistics(self, key: str, mean: Tensor, std: Tensor) -> None:
+        """Store the mean and standard deviation of a vector entry of the training data.
+
+        :param key: of the Dict, or "box" for a plain Box
+        :param mean: (D,)
+        :param std: (D,), not negative; a floor of a thousandth of the entry's root mean square keeps constants harmless
+        """
+        floor = 1e-3 * (mean.square() + std.square()).mean().sqrt() + 1e-6
+        self.get_buffer(f"mean_{key}").copy_(mean)
+        self.get_buffer(f"std_{key}").copy_(std.clamp(min=float(floor)))
+
+    def forward(self, observations: Tensor | dict[str, Tensor]) -> Tensor:
+        entries = observations if isinstance(observations, dict) else {"box": observations}
+        vectors = []
+        for key in self.vector_keys:
+            normalised = (entries[key].flatten(1) - self.get_buffer(f"mean_{key}")) / self.get_buffer(f"std_{key}")
+            vectors.append(self.vectors[key](normalised.clamp(-10, 10)))
+        batch = len(next(iter(entries.values())))
+        some = next(self.parameters())
+        condition = torch.cat(vectors, dim=1) if vectors else some.new_zeros(batch, 1)
+        features = [*vectors, *(self.images[key](entries[key], condition) for key in self.image_keys)]
+        context: Tensor = self.fuse(torch.cat(features, dim=1))
+        return context
+
+
+def _channels_first(space: spaces.Space) -> spaces.Space:
+    """The space with channels-last images transposed, as SB3's VecTransposeImage presents it to a policy."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _channels_first(entry) for key, entry in space.spaces.items()})
+    if isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space):
+        height, width, channels = space.shape
+        return spaces.Box(0, 255, (channels, height, width), np.uint8)
+    return space
+
+
+class FlowPolicy(BasePolicy):
+    """A policy that samples its action with a flow: noise is carried to an action (chunk) in K steps.
+
+    The flow lives in normalised action units, ``action = mean + std * x``; the statistics are stored in the policy and begin as
+    the middle and half the range of the action space. Actions are clipped to the space only by :meth:`predict` and
+    when they are sent to an environment, never inside the flow.
+
+    :param observation_space: Box or Dict of Boxes; channels-last images are accepted and transposed
+    :param action_space: Box of any shape with finite bounds
+    :param lr_schedule: learning rate as a function of the remaining progress
+    :param num_flow_steps: K, of both the sampler and the SDE
+    :param time_shift: of the time grid, 1 is uniform
+    :param observation_keys: shorthand for the encoder's argument of that name
+    :param features_extractor_class: encoder, ``(observation_space, **features_extractor_kwargs)``
+    :param features_extractor_kwargs: its arguments
+    :param flow_head_class: a :class:`FlowHead` module, ``(action_shape, context_dim, **flow_head_kwargs)``
+    :param flow_head_kwargs: its arguments
+    :param normalize_images: whether uint8 images are divided by 255
+    :param optimizer_class: AdamW by default
+    :param optimizer_kwargs: its arguments, without the learning rate
+    :raises ValueError: an action space that is not a bounded Box, or K < 1
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule = BasePolicy._dummy_schedule,
+        *,
+        num_flow_steps: int = 10,
+        time_shift: float = 1.0,
+        observation_keys: Sequence[str] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlowObservationEncoder,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        flow_head_class: Callable[..., nn.Module] = MlpFlowHead,
+        flow_head_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(action_space, spaces.Box) or not np.isfinite([action_space.low, action_space.high]).all():
+            raise ValueError(f"FlowPolicy needs a Box action space with finite bounds, got {action_space}")
+        if num_flow_steps < 1:
+            raise ValueError(f"num_flow_steps must be at least 1, got {num_flow_steps}")
+        if optimizer_kwargs is None:
+            optimizer_kwargs = {"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {}
+        self._constructor = {
+            "num_flow_steps": num_flow_steps,
+            "time_shift": time_shift,
+            "observation_keys": None if observation_keys is None else list(observation_keys),
+            "features_extractor_class": features_extractor_class,
+            "features_extractor_kwargs": dict(features_extractor_kwargs or {}),
+            "flow_head_class": flow_head_class,
+            "flow_head_kwargs": dict(flow_head_kwargs or {}),
+            "normalize_images": normalize_images,
+            "optimizer_class": optimizer_class,
+            "optimizer_kwargs": dict(optimizer_kwargs),
+        }
+        constructor = self._constructor
+        super().__init__(
+            _channels_first(observation_space),
+            action_space,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=dict(features_extractor_kwargs or {}),
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=False,
+        )
+        self._constructor = constructor
+        if observation_keys is not None:
+            self.features_extractor_kwargs["observation_keys"] = list(observation_keys)
+        self.num_flow_steps = num_flow_steps
+        self.time_shift = time_shift
+        self.action_shape: tuple[int, ...] = action_space.shape
+        self.features_extractor = self.make_features_extractor()
+        self.flow_head = flow_head_class(
+            self.action_shape, self.features_extractor.features_dim, **dict(flow_head_kwargs or {})
+        )
+        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+        self.register_buffer("action_mean", (low + high) / 2)
+        self.register_buffer("action_std", ((high - low) / 2).clamp(min=1e-6))
+        self.register_buffer("deterministic_noise", torch.zeros(self.action_shape))
+        self.action_mean: Tensor
+        self.action_std: Tensor
+        self.deterministic_noise: Tensor
+        # Learning rates are set by the algorithm before each update.
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1.0), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    # ---- observations and actions -------------------------------------------------------------------------------------
+
+    def encode(self, obs: PyTorchObs) -> Tensor:
+        """Context of a batch of observations, computed once for all flow steps.
+
+        :param obs: tensor or dict of tensors as the environment gives them (uint8 images, channels first or last)
+        :return: (B, C)
+        """
+        obs = self._transpose_images(obs)
+        prepared = preprocess_obs(self._used(obs), self._used_space(), normalize_images=self.normalize_images)
+        context: Tensor = self.features_extractor(prepared)
+        return context
+
+    def _used(self, obs: PyTorchObs) -> PyTorchObs:
+        keys = self._constructor["observation_keys"]
+        return {key: obs[key] for key in keys} if isinstance(obs, dict) and keys is not None else obs
+
+    def _used_space(self) -> spaces.Space:
+        keys = self._constructor["observation_keys"]
+        if keys is None or not isinstance(self.observation_space, spaces.Dict):
+            return self.observation_space
+        return spaces.Dict({key: self.observation_space[key] for key in keys})
+
+    def _transpose_images(self, obs: PyTorchObs) -> PyTorchObs:
+        if isinstance(obs, dict):
+            assert isinstance(self.observation_space, spaces.Dict)
+            return {key: _to_channels_first(value, self.observation_space[key]) for key, value in obs.items()}
+        return _to_channels_first(obs, self.observation_space)
+
+    def normalize_action(self, action: Tensor) -> Tensor:
+        """Environment units -> flow units, (B, \\*A)."""
+        return (action.float() - self.action_mean) / self.action_std
+
+    def unnormalize_action(self, x: Tensor) -> Tensor:
+        """Flow units -> environment units, (B, \\*A), not clipped."""
+        return self.action_mean + self.action_std * x
+
+    def clip_action(self, action: np.ndarray) -> np.ndarray:
+        """Limit actions (B, \\*A) to the action space, just before they are sent to an environment."""
+        assert isinstance(self.action_space, spaces.Box)
+        return np.clip(action, self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
+
+    def set_action_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the action statistics of the training data.
+
+        :param mean: (\\*A) in environment units
+        :param std: (\\*A); at least 1% of half the action range is used, so that no dimension is left without noise
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        half_range = (
+            torch.as_tensor((self.action_space.high - self.action_space.low) / 2).float().to(self.action_std.device)
+        )
+        self.action_mean.copy_(mean)
+        self.action_std.copy_(torch.maximum(std.to(self.action_std.device), 0.01 * half_range))
+
+    # ---- the flow -----------------------------------------------------------------------------------------------------
+
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """v(x_t, t, context): x_t (B, \\*A), t (B,), context (B, C) -> float32 (B, \\*A)."""
+        velocity: Tensor = self.flow_head(x_t, t, context)
+        return velocity.float()
+
+    def sample(
+        self,
+        obs: PyTorchObs,
+        noise_level: float,
+        schedule: str = "flow",
+        generator: torch.Generator | None = None,
+        sde_steps: Sequence[int] | None = None,
+    ) -> FlowChain:
+        """Sample a chain per observation with the SDE sampler, in flow units.
+
+        :param obs: a batch of observations, B rows
+        :param noise_level: a; 0 is the ODE sampler with random initial noise
+        :param schedule: "flow" or "constant"
+        :param generator: of the initial noise and the transitions; None: torch's global one
+        :param sde_steps: stochastic flow steps; None: all
+        :return: chain of B rows, in flow units: act with ``unnormalize_action(chain.sample)``
+        """
+        with torch.no_grad():
+            context = self.encode(obs)
+            noise_device = context.device if generator is None else generator.device
+            noise = torch.randn((len(context), *self.action_shape), generator=generator, device=noise_device).to(
+                context.device
+            )
+            return sample_chain(
+                lambda x, t: self.velocity(x, t, context),
+                noise,
+                self.num_flow_steps,
+                noise_level,
+                schedule,
+                generator,
+                sde_steps,
+                self.time_shift,
+            )
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        context = self.encode(observation)
+        shape = (len(context), *self.action_shape)
+        noise = self.deterministic_noise.expand(shape) if deterministic else torch.randn(shape, device=context.device)
+        chain = sample_chain(
+            lambda x, t: self.velocity(x, t, context), noise, self.num_flow_steps, 0.0, shift=self.time_shift
+        )
+        return self.unnormalize_action(chain.sample)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """Actions (B, \\*A) in environment units, not clipped."""
+        return self._predict(obs, deterministic)
+
+    # ---- files --------------------------------------------------------------------------------------------------------
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {"observation_space": self.observation_space, "action_space": self.action_space, **self._constructor}
+
+    @property
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments that rebuild this policy (``policy_kwargs`` of an algorithm)."""
+        return {key: value.copy() if isinstance(value, dict) else value for key, value in self._constructor.items()}
+
+    def export_safetensors(self, path: str | Path, dtype: str = "float32") -> None:
+        """Write the policy to a folder as ``config.json`` and ``model.safetensors``: no pickle, readable anywhere.
+
+        Each file is written to a temporary name and renamed.
+
+        :param path: folder, created if needed
+        :param dtype: of the stored floating-point weights: "float32", "float16" or "bfloat16"
+        :raises ValueError: another dtype, or a policy built from classes or arguments that JSON cannot name (only the
+            built-in encoder and head can be rebuilt from a config)
+        """
+        if dtype not in EXPORT_DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
+        arguments = self.constructor_kwargs
+        encoder, head = arguments.pop("features_extractor_class"), arguments.pop("flow_head_class")
+        if encoder is not FlowObservationEncoder or head is not MlpFlowHead:
+            raise ValueError(
+                "only a policy with the built-in FlowObservationEncoder and MlpFlowHead can be exported with its config; "
+                "save the state_dict of a custom one with safetensors yourself"
+            )
+        for name in ("optimizer_class", "optimizer_kwargs"):
+            arguments.pop(name)
+        config = {
+            "class": type(self).__name__,
+            "observation_space": _space_to_json(self.observation_space),
+            "action_space": _space_to_json(self.action_space),
+            "arguments": arguments,
+        }
+        try:
+            text = json.dumps(config, indent=2)
+        except TypeError as error:
+            raise ValueError(f"the policy's arguments are not plain JSON values: {error}") from error
+        tensors = {
+            key: (value.to(EXPORT_DTYPES[dtype]) if value.is_floating_point() else value).detach().cpu().contiguous()
+            for key, value in self.state_dict().items()
+        }
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, configuration = folder / f"{WEIGHTS_NAME}.tmp", folder / f"{CONFIG_NAME}.tmp"
+        save_file(tensors, weights, metadata={"format": "pt", "dtype": dtype})
+        configuration.write_text(text + "\n", encoding="utf-8")
+        os.replace(weights, folder / WEIGHTS_NAME)
+        os.replace(configuration, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Rebuild a policy from a folder that :meth:`export_safetensors` wrote; weights come back as float32.
+
+        :param path: the folder
+        :param device: where to put it
+        :raises FileNotFoundError: config or weights are missing
+        :raises ValueError: a config or a weights file that is damaged or does not belong together
+        """
+        folder = Path(path)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} does not exist; expected a folder written by export_safetensors"
+                )
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            policy = cls(
+                _space_from_json(config["observation_space"]),
+                _space_from_json(config["action_space"]),
+                **config["arguments"],
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / CONFIG_NAME} is not a policy config: {error!r}; export the policy again"
+            ) from error
+        try:
+            with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} is damaged or truncated: {error}; export the policy again"
+            ) from error
+        try:
+            policy.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / WEIGHTS_NAME} does not fit {folder / CONFIG_NAME}: {error}") from error
+        if not all(bool(torch.isfinite(value).all()) for value in policy.state_dict().values()):
+            raise ValueError(f"{folder / WEIGHTS_NAME} holds NaN or infinite weights")
+        return policy.to(device)
+
+
+def _to_channels_first(value: Tensor, space: spaces.Space) -> Tensor:
+    if is_image_space(space) and value.shape[1:] != space.shape and value.permute(0, 3, 1, 2).shape[1:] == space.shape:
+        return value.permute(0, 3, 1, 2)
+    return value
+
+
+def _space_to_json(space: spaces.Space) -> dict[str, Any]:
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": {key: _space_to_json(entry) for key, entry in space.spaces.items()}}
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"only Box and Dict spaces can be exported, got {space}")
+    bounds = {
+        name: float(values.flat[0]) if (values == values.flat[0]).all() else values.tolist()
+        for name, values in (("low", space.low), ("high", space.high))
+    }
+    return {"type": "Box", **bounds, "shape": list(space.shape), "dtype": np.dtype(space.dtype).name}
+
+
+def _space_from_json(data: dict[str, Any]) -> spaces.Space:
+    if data["type"] == "Dict":
+        return spaces.Dict({key: _space_from_json(entry) for key, entry in data["spaces"].items()})
+    dtype = np.dtype(data["dtype"])
+    low, high = (np.broadcast_to(np.asarray(data[name], dtype=dtype), data["shape"]) for name in ("low", "high"))
+    return spaces.Box(low, high, dtype=dtype.type)

@@ -1,0 +1,103 @@
+"""`prophet record | train | train-reward | evaluate`: thin layers over the functions of the same names."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+
+def _record(arguments: argparse.Namespace) -> None:
+    from prophet_gym.simulators.recording import record
+
+    record(arguments.suite, arguments.episodes, arguments.out, seed=arguments.seed, workers=arguments.workers)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from prophet_gym.data.clips import load_arrays
+    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.world_model.training import train
+
+    datasets = [EpisodeDataset(path) for path in arguments.data]
+    train(
+        load_arrays(datasets, "train"),
+        load_arrays(datasets, "val"),
+        arguments.out,
+        preset=arguments.preset,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+
+
+def _train_reward(arguments: argparse.Namespace) -> None:
+    from prophet_gym.data.clips import load_arrays
+    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.reward.training import train_success_classifier
+
+    datasets = [EpisodeDataset(path) for path in arguments.data]
+    train_success_classifier(
+        load_arrays(datasets, "train"),
+        load_arrays(datasets, "val"),
+        arguments.out,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from prophet_gym.evaluation.agreement import evaluate
+
+    evaluate(
+        arguments.checkpoint,
+        arguments.data,
+        arguments.report,
+        reward_model=arguments.reward_model,
+        split=arguments.split,
+        episodes=arguments.episodes,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the `prophet` command."""
+    parser = argparse.ArgumentParser(prog="prophet", description="Record, train and evaluate learned robot simulators.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    record = commands.add_parser("record", help="record episodes of a real simulator as a LeRobot v3 data set")
+    record.add_argument("--suite", required=True, help="for example libero_object")
+    record.add_argument("--episodes", type=int, default=500)
+    record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
+    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
+    record.set_defaults(run=_record)
+
+    train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")
+    train.add_argument("data", nargs="+", help="folders written by `prophet record`")
+    train.add_argument("--preset", default="tiny", help="tiny (embedded, CPU) or debug (seconds)")
+    train.add_argument("--out", required=True)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cpu")
+    train.set_defaults(run=_train)
+
+    reward = commands.add_parser("train-reward", help="train and calibrate the success classifier")
+    reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
+    reward.add_argument("--out", required=True)
+    reward.add_argument("--steps", type=int, default=3000)
+    reward.add_argument("--seed", type=int, default=0)
+    reward.add_argument("--device", default="cpu")
+    reward.set_defaults(run=_train_reward)
+
+    evaluate = commands.add_parser("evaluate", help="video metrics and agreement of imagined with real outcomes")
+    evaluate.add_argument("checkpoint", help="folder of a pipeline, or the name of a shipped one")
+    evaluate.add_argument("data", nargs="+", help="folders written by `prophet record`")
+    evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
+    evaluate.add_argument("--reward-model", default="reward-libero", help="folder, or the name of a shipped one")
+    evaluate.add_argument("--split", default="val", choices=("val", "test"))
+    evaluate.add_argument("--episodes", type=int, default=None, help="at most this many of each data set")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the `prophet` command."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    arguments = build_parser().parse_args(argv)
+    arguments.run(arguments)

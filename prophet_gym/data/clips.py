@@ -1,0 +1,161 @@
+"""Training windows for the world model: all frames of a split in memory, and random clips as indices into them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeArrays:
+    """Many episodes end to end; row n of every tensor belongs to frame n.
+
+    :param frames: uint8 (N, H, W, 3), upright RGB.
+    :param proprio: float32 (N, 8), metres and radians as in ``Episode.proprio``.
+    :param actions: float32 (N, frame_stride, 7), executed between frame n and n + 1. Rows at the last frame of an
+        episode are no-ops (zero motion, the last gripper command) and belong to no step.
+    :param success: bool (N,), the simulator's verdict at each frame.
+    :param starts: int64 (E,), the row of each episode's first frame.
+    :param lengths: int64 (E,), frames of each episode.
+    :param records: what else is known about the E episodes.
+    """
+
+    frames: Tensor
+    proprio: Tensor
+    actions: Tensor
+    success: Tensor
+    starts: Tensor
+    lengths: Tensor
+    records: tuple[EpisodeRecord, ...]
+
+
+def load_arrays(
+    dataset: EpisodeDataset, split: str | None, *, num_threads: int = 2, progress: bool = True
+) -> EpisodeArrays:
+    """Read and decode all episodes of a split into memory: 1.1 GB per 1,000 episodes of 41 frames of 96 x 96.
+
+    :param dataset: where the episodes are.
+    :param split: ``"train"``, ``"val"``, ``"test"``, or ``None`` for all that ``dataset`` holds.
+    :param num_threads: episodes decoded at a time.
+    :param progress: show a progress bar.
+    :raises ValueError: the split does not exist or is empty, or its episodes have frames of different sizes.
+    """
+    chosen = dataset if split is None else dataset.select(split=split)
+    if len(chosen) == 0:
+        raise ValueError(f"{dataset.root} has no episode of split {split!r} among those selected.")
+    lengths = np.array([record.length for record in chosen.records])
+    starts = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    first = chosen[0]
+    frames = np.empty((total, *first.frames.shape[1:]), np.uint8)
+    proprio = np.empty((total, first.proprio.shape[1]), np.float32)
+    actions = np.zeros((total, *first.actions.shape[1:]), np.float32)
+    success = np.empty(total, np.bool_)
+
+    def load(index: int) -> None:
+        episode = chosen[index]
+        if episode.frames.shape[1:] != first.frames.shape[1:]:
+            raise ValueError(
+                f"Episode {chosen.records[index].episode_index} of {dataset.root} has frames of shape "
+                f"{episode.frames.shape[1:]}, the others {first.frames.shape[1:]}: load them separately."
+            )
+        rows = slice(starts[index], starts[index] + lengths[index])
+        frames[rows] = episode.frames
+        proprio[rows] = episode.proprio
+        actions[rows][:-1] = episode.actions
+        actions[rows][-1, :, -1] = episode.actions[-1, -1, -1]
+        success[rows] = episode.success
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        loaded = pool.map(load, range(len(chosen)))
+        for _ in tqdm(loaded, "loading episodes", len(chosen), unit="episode", disable=not progress):
+            pass
+    return EpisodeArrays(
+        frames=torch.from_numpy(frames),
+        proprio=torch.from_numpy(proprio),
+        actions=torch.from_numpy(actions),
+        success=torch.from_numpy(success),
+        starts=torch.from_numpy(starts),
+        lengths=torch.from_numpy(lengths),
+        records=chosen.records,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ClipIndices:
+    """A batch of windows, as rows of an :class:`EpisodeArrays`.
+
+    :param rows: int64 (B, history + horizon), frames in order of time; before an episode's beginning its first frame is
+        repeated. Column ``history - 1`` is the present; ``arrays.actions[rows[:, history - 1 : -1]]`` are the actions
+        from there, (B, horizon, frame_stride, 7).
+    :param first_rows: int64 (B,), the first frame of each window's episode.
+    :param episodes: int64 (B,), index of each window's episode in ``arrays.records``.
+    """
+
+    rows: Tensor
+    first_rows: Tensor
+    episodes: Tensor
+
+
+class ClipSampler(Iterator[ClipIndices]):
+    """Draws windows for ever, uniformly and with replacement over all frames that have ``horizon`` frames after them.
+
+    Everything random comes from ``generator``: a sampler restored by :meth:`load_state_dict` continues exactly::
+
+        sampler = ClipSampler(arrays, history=4, horizon=2, batch_size=32, generator=torch.Generator().manual_seed(0))
+        clip = next(sampler)
+        frames = arrays.frames[clip.rows]
+
+    :param arrays: the episodes.
+    :param history: frames up to and including the present one, >= 1.
+    :param horizon: frames to predict, >= 1. Episodes with no more frames than that are never drawn.
+    :param batch_size: windows per batch, >= 1.
+    :param generator: a CPU generator; advanced at each batch.
+    :raises ValueError: a number is below 1, or every episode is too short.
+    """
+
+    def __init__(
+        self, arrays: EpisodeArrays, history: int, horizon: int, batch_size: int, generator: torch.Generator
+    ) -> None:
+        for name, number in (("history", history), ("horizon", horizon), ("batch_size", batch_size)):
+            if number < 1:
+                raise ValueError(f"{name} must be >= 1, got {number}.")
+        self.history, self.horizon, self.batch_size = history, horizon, batch_size
+        self.generator = generator
+        self._starts = arrays.starts
+        self._ends = (arrays.lengths - horizon).clamp(min=0).cumsum(0)
+        if not self._ends[-1]:
+            raise ValueError(
+                f"No episode has more than horizon = {horizon} frames, the longest has {int(arrays.lengths.max())}."
+            )
+        self._offsets = torch.arange(1 - history, horizon + 1)
+
+    @property
+    def num_windows(self) -> int:
+        """How many different windows there are."""
+        return int(self._ends[-1])
+
+    def __next__(self) -> ClipIndices:
+        drawn = torch.randint(self.num_windows, (self.batch_size,), generator=self.generator)
+        episodes = torch.searchsorted(self._ends, drawn, right=True)
+        first_rows = self._starts[episodes]
+        # Windows are counted through all episodes; those of earlier episodes end where this one's begin.
+        before = torch.where(episodes > 0, self._ends[episodes - 1], 0)
+        present = first_rows + drawn - before  # (B,)
+        rows = (present[:, None] + self._offsets).maximum(first_rows[:, None])  # (B, history + horizon)
+        return ClipIndices(rows=rows, first_rows=first_rows, episodes=episodes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state; the episodes and sizes are not part of it."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,1 @@
+"""The imagined environments: vectorized, single, and for Stable-Baselines3."""

@@ -1,0 +1,167 @@
+"""Which world model and which reward model an environment uses: by name, by path or by object, loaded once per process."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from prophet_gym.reward.base import RewardModel
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+"""The folder of the checkpoints in the wheel."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Imagined(Protocol):
+    """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), history, proprio (B, 8)."""
+
+    frames: torch.Tensor
+    history: torch.Tensor
+    proprio: torch.Tensor
+
+
+class WorldModel(Protocol):
+    """What an environment asks of a world model; ``ProphetPipeline`` is one."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Low-level actions per chunk."""
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames imagined per chunk."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of a frame."""
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in one low-level action."""
+
+    def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
+        """Images uint8 (B, H, W, 3) -> history, batch first."""
+
+    def imagine(
+        self,
+        history: torch.Tensor,
+        proprio: torch.Tensor,
+        actions: torch.Tensor,
+        generator: list[torch.Generator] | None,
+        num_inference_steps: int | None,
+    ) -> Imagined:
+        """What happens during one chunk of actions float32 (B, chunk_size, action_dim), from proprio float32 (B, 8)."""
+
+
+def resolve_world_model(world_model: str | Path | WorldModel, device: str, dtype: str) -> WorldModel:
+    """The world model itself, from its name in the wheel, a path saved by ``save_pretrained``, or itself.
+
+    :raises FileNotFoundError: no such name or path.
+    :raises ValueError: damaged weights, or an unknown device or dtype.
+    :raises TypeError: an object without the methods of :class:`WorldModel`.
+    """
+    if isinstance(world_model, str | Path):
+        return _load_world_model(
+            _checkpoint(world_model, "world model", "model_index.json"), *_placement(device, dtype)
+        )
+    return _checked_object(
+        world_model, ("init_history", "imagine", "chunk_size", "chunk_frames", "image_size"), device, dtype
+    )
+
+
+def resolve_reward_model(reward_model: str | Path | RewardModel, device: str, dtype: str) -> RewardModel:
+    """The reward model itself, from its name in the wheel, a path saved by ``save_pretrained``, or itself.
+
+    :raises FileNotFoundError, ValueError, TypeError: as :func:`resolve_world_model`.
+    """
+    if isinstance(reward_model, str | Path):
+        return _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), *_placement(device, dtype))
+    return _checked_object(reward_model, ("score", "threshold"), device, dtype)
+
+
+@lru_cache(maxsize=4)
+def _load_world_model(path: Path, device: str, dtype: str) -> WorldModel:
+    from prophet_gym.world_model.pipeline import ProphetPipeline
+
+    _check_weights(path)
+    pipeline = ProphetPipeline.from_pretrained(
+        path, torch_dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+    )
+    return pipeline.to(device)
+
+
+@lru_cache(maxsize=4)
+def _load_reward_model(path: Path, device: str, dtype: str) -> RewardModel:
+    from prophet_gym.reward.success_classifier import SuccessClassifier
+
+    _check_weights(path)
+    model = SuccessClassifier.from_pretrained(
+        path, torch_dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def _placement(device: str, dtype: str) -> tuple[str, str]:
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = "float32"
+    if name not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}. Valid: {['auto', *DTYPES]}.")
+    if device == "auto":
+        return ("cuda" if torch.cuda.is_available() else "cpu"), name
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but this torch finds no CUDA device: use device='cpu'.")
+    return str(device), name
+
+
+def _checkpoint(name: str | Path, kind: str, index: str) -> Path:
+    """The folder of a checkpoint; ``index`` is the JSON file that every such folder has."""
+    shipped = WEIGHTS / name
+    path = shipped if isinstance(name, str) and shipped.is_dir() else Path(name).expanduser().resolve()
+    if not path.is_dir():
+        names = sorted(folder.name for folder in WEIGHTS.glob("*") if (folder / index).is_file())
+        raise FileNotFoundError(
+            f"No {kind} {str(name)!r}: it is neither a folder nor one of the shipped names {names}. Nothing is downloaded: "
+            "pass a name, the path of a folder written by save_pretrained, or the model itself."
+        )
+    if not (path / index).is_file():
+        raise FileNotFoundError(f"{path} is not a saved {kind}: it lacks {index}. Save one with save_pretrained.")
+    return path
+
+
+def _check_weights(path: Path) -> None:
+    """Open every weights file, so that a damaged one is refused by name before anything is loaded."""
+    files = sorted(path.rglob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{path} has no *.safetensors file (other weight formats are never loaded).")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                if not list(weights.keys()):
+                    raise ValueError(f"The weights file {file} is empty: download or train it again.")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"The weights file {file} is damaged or truncated ({error}): download or train it again."
+            ) from error
+
+
+def _checked_object(model: Any, needs: tuple[str, ...], device: str, dtype: str) -> Any:
+    missing = [name for name in needs if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"{type(model).__name__} cannot be used here: it has no {missing}. Pass a name, a path or a model with them."
+        )
+    if (device, dtype) != ("auto", "auto"):
+        raise ValueError(
+            "device and dtype place a model that is loaded by name: a model object stays as it is, call its .to() instead."
+        )
+    return model

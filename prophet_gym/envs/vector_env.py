@@ -1,0 +1,392 @@
+"""ProphetVectorEnv: many imagined robots at once, one call of the world model for all of them."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM
+from prophet_gym.data.instructions import EMBEDDING_DIM
+from prophet_gym.envs.models import WorldModel, resolve_reward_model, resolve_world_model
+from prophet_gym.envs.start_states import ResetRequest, StartState, instruction_embedding, load_start_states, user_start
+from prophet_gym.reward.base import RewardModel
+
+Observation = dict[str, NDArray[Any]]
+
+REWARD_TYPES = ("sparse", "probability")
+PROPRIO_BOUND = 10.0
+"""Bound of the proprioception space in metres and radians: far beyond the reach of the arm."""
+
+_STATE = ("_history", "_proprio", "_embeddings", "_lengths", "_probability", "_done", "_starts", "_seeds")
+
+
+class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
+    """Prophet-LIBERO as a native vector environment; see :class:`ProphetEnv` for the task itself.
+
+    Every env has its own random streams (``np_random[i]`` for starts, a ``torch.Generator`` seeded from it for the world
+    model's noise), so that a seed and a sequence of actions give the same video whatever the other envs do. It behaves as
+    ``SyncVectorEnv`` over :class:`ProphetEnv`, in all three autoreset modes, and is much faster.
+
+    :param num_envs: number of robots imagined side by side.
+    :param suite: task suite, one of those with recorded starts, e.g. ``"libero_object"`` or ``"libero_spatial"``.
+    :param task: number or snake-case name of the task; None draws one at each reset.
+    :param split: which official initial states: ``"train"`` (0-39), ``"val"`` (40-44) or ``"test"`` (45-49).
+    :param max_chunks: an episode is truncated after this many steps (20: 160 control steps, 8 s at 20 Hz).
+    :param world_model: name of a checkpoint in the wheel, path of one, or a ``ProphetPipeline``.
+    :param reward_model: likewise; or any object with ``score`` and ``threshold``.
+    :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success probability
+        during the step, so that the rewards of an episode sum to its final minus its initial probability.
+    :param num_sampling_steps: denoising steps per chunk; None is the world model's own default.
+    :param device: of models given by name or path: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda:0"`` ...
+    :param dtype: likewise: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    :param start_states: parquet file of start states; None is the one in the wheel.
+    :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
+    :param render_mode: None or ``"rgb_array"``.
+    :raises ValueError: an unknown suite, task, split, reward type, mode, device or dtype; damaged weights.
+    :raises FileNotFoundError: no such model or start states.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": ["rgb_array"],
+        "render_fps": 2.5,  # one frame per step() of 8 control steps at 20 Hz; info["frames"] holds the rest, at 5 fps
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        suite: str = "libero_object",
+        task: int | str | None = None,
+        split: str = "train",
+        max_chunks: int = 20,
+        world_model: str | Path | WorldModel = "prophet-libero-tiny",
+        reward_model: str | Path | RewardModel = "reward-libero",
+        reward_type: str = "sparse",
+        num_sampling_steps: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        start_states: str | os.PathLike[str] | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+    ) -> None:
+        for name, value in (
+            ("num_envs", num_envs),
+            ("max_chunks", max_chunks),
+            ("num_sampling_steps", num_sampling_steps),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive int, got {value!r}.")
+        for name, choice, choices in (
+            ("reward_type", reward_type, REWARD_TYPES),
+            ("render_mode", render_mode, (None, *self.metadata["render_modes"])),
+            ("autoreset_mode", autoreset_mode, (*AutoresetMode, *(mode.value for mode in AutoresetMode))),
+        ):
+            if choice not in choices:
+                raise ValueError(
+                    f"Unknown {name} {choice!r}. Valid: {[c for c in choices if not isinstance(c, AutoresetMode)]}."
+                )
+        self.start_states = load_start_states(start_states)
+        self.suite, self.split = suite, split
+        self.task = None if task is None else self.start_states.task_number(suite, split, task)
+        self.start_states.tasks(suite, split)
+        self.world_model = resolve_world_model(world_model, device, dtype)
+        self.reward_model = resolve_reward_model(reward_model, device, dtype)
+        self.reward_type, self.max_chunks, self.num_sampling_steps = reward_type, max_chunks, num_sampling_steps
+        self.render_mode = render_mode
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+
+        size = self.world_model.image_size
+        if self.start_states.image_size != size:
+            raise ValueError(
+                f"{self.start_states.path} holds images of {self.start_states.image_size} pixels a side and this world model "
+                f"works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
+            )
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Dict(
+            {
+                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
+                "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
+                "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
+            }
+        )
+        chunk = (self.world_model.chunk_size, self.world_model.action_dim)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, chunk, np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+        frames = 1 + max_chunks * self.world_model.chunk_frames
+        self._clips = np.zeros((num_envs, frames, size, size, 3), np.uint8)  # the episode so far, start first
+        self._lengths = np.zeros(num_envs, np.int64)  # frames in each clip
+        self._proprio = np.zeros((num_envs, PROPRIO_DIM), np.float32)
+        self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
+        self._probability = np.zeros(num_envs, np.float64)
+        self._done = np.zeros(num_envs, np.bool_)
+        self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
+        self._starts: list[StartState | None] = [None] * num_envs
+        self._seeds: list[int] = [-1] * num_envs
+        self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._noise = [torch.Generator() for _ in range(num_envs)]
+
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The random stream of each env, from which its starts are drawn."""
+        return tuple(self._rng(i) for i in range(self.num_envs))
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each env's random stream."""
+        self.np_random  # noqa: B018  (seeds the streams that have none yet)
+        return tuple(self._seeds)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin new episodes.
+
+        :param seed: an int (env i gets ``seed + i``), one int or None per env, or None: the random streams go on. Envs with
+            equal seeds get the same start and the same noise.
+        :param options: a dict, or a list with one dict of :class:`ProphetEnv`'s options per env. Of the dict
+
+            - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed, drawn).
+            - ``group_size``: G; envs ``i * G ... (i + 1) * G - 1`` share one start, drawn by the first of them. Their noise
+              differs. It holds for the episodes that begin now; an autoreset draws for itself.
+            - ``start``: ``{"image", "proprio", "instruction"}`` with one entry per env, your own start: see
+              :func:`~prophet_gym.envs.start_states.user_start`.
+            - ``reset_mask``: bool (num_envs,), the envs to reset; the others go on. ``seed`` still has num_envs entries.
+        :return: observations and infos of all envs; infos of the envs that were reset.
+        :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task or init_state.
+        :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
+        """
+        request = ResetRequest.parse(options, self.num_envs)
+        if isinstance(seed, int):
+            seed = [seed + i for i in range(self.num_envs)]
+        if seed is not None and len(seed) != self.num_envs:
+            raise ValueError(f"A list of seeds needs one per env ({self.num_envs}), got {len(seed)}.")
+        rows = np.flatnonzero(request.mask)
+        if any(self._starts[i] is None for i in np.flatnonzero(~request.mask).tolist()):
+            raise gym.error.ResetNeeded("The first reset() must reset every env: leave 'reset_mask' out.")
+        starts: dict[int, StartState] = {}
+        for i in rows.tolist():
+            self._rng(i, None if seed is None else seed[i])
+            leader = i - i % request.group_size
+            starts[i] = starts[leader] if leader in starts else self._choose_start(i, request.per_env[i])
+        self._begin(rows, list(starts.values()))
+        infos: dict[str, Any] = {}
+        for i in rows.tolist():
+            infos = self._add_info(infos, self._info(i), i)
+        return self._observations(), infos
+
+    def step(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Imagine one chunk in every env (an env that an autoreset begins anew ignores its action).
+
+        :param actions: float (num_envs, chunk, 7) in [-1, 1].
+        :raises ValueError: actions of a wrong shape, not numbers, not finite, or out of range.
+        :raises gymnasium.error.ResetNeeded: before the first reset(), or, with autoreset disabled, after an episode's end.
+        """
+        if self._starts[0] is None:
+            raise gym.error.ResetNeeded("Call reset() before step().")
+        begin = self._done  # under NEXT_STEP these episodes begin anew in this step; under SAME_STEP there are none
+        if self.autoreset_mode is AutoresetMode.DISABLED and begin.any():
+            raise gym.error.ResetNeeded(
+                f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset(), or reset(options={{'reset_mask': ...}})."
+            )
+        rows = np.flatnonzero(~begin)
+        actions = self._check_actions(actions, rows)
+        rewards = np.zeros(self.num_envs, np.float64)
+        terminated = np.zeros(self.num_envs, np.bool_)
+        if rows.size:
+            before = self._probability[rows]
+            self._imagine(rows, actions[rows])
+            terminated[rows] = self._probability[rows] >= self.reward_model.threshold
+            rewards[rows] = terminated[rows] if self.reward_type == "sparse" else self._probability[rows] - before
+        truncated = ~begin & ~terminated & (self._lengths == self._clips.shape[1])
+        infos: dict[str, Any] = {}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            begin = terminated | truncated
+            final = self._observations()
+            for i in np.flatnonzero(begin).tolist():
+                final_obs = {name: values[i].copy() for name, values in final.items()}
+                infos = self._add_info(infos, {"final_obs": final_obs, "final_info": self._info(i)}, i)
+        if begin.any():
+            new = np.flatnonzero(begin)
+            self._begin(new, [self._choose_start(i, {}) for i in new.tolist()])
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+            self._done = terminated | truncated
+        for i in range(self.num_envs):
+            infos = self._add_info(infos, self._info(i), i)
+        return self._observations(), rewards, terminated, truncated, infos
+
+    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
+        """The newest frame of every env, uint8 (H, W, 3) each; None without ``render_mode="rgb_array"``."""
+        if self.render_mode is None:
+            gym.logger.warn(
+                "render() was called on an env made without a render mode: make it with render_mode='rgb_array'."
+            )
+            return None
+        return tuple(self._observations()["image"])
+
+    def clips(self) -> list[NDArray[np.uint8]]:
+        """The video of every env's current episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second."""
+        return [clip[:length].copy() for clip, length in zip(self._clips, self._lengths, strict=True)]
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that a rollout depends on, random streams included: a copy, to go back to by :meth:`set_state`.
+
+        :raises gymnasium.error.ResetNeeded: before the first reset().
+        """
+        if self._starts[0] is None:
+            raise gym.error.ResetNeeded("There is no state before the first reset().")
+        state = {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
+        state["clips"] = self._clips[:, : self._lengths.max()].copy()
+        state["np_random"] = [rng.bit_generator.state for rng in self.np_random]
+        state["noise"] = [generator.get_state() for generator in self._noise]
+        return state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`get_state` returned: the same actions then give the same future, bit for bit.
+
+        :param state: of this env, or of another one with the same arguments.
+        :raises ValueError: the state of an env with another number of envs, frame size or longer episodes.
+        """
+        clips = state["clips"]
+        if (
+            clips.shape[0] != self.num_envs
+            or clips.shape[2:] != self._clips.shape[2:]
+            or clips.shape[1] > self._clips.shape[1]
+        ):
+            raise ValueError(
+                f"This state has clips of shape {clips.shape}, which do not fit into this env's {self._clips.shape}."
+            )
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self._clips[:, : clips.shape[1]] = clips
+        for i in range(self.num_envs):
+            self._rng(i).bit_generator.state = state["np_random"][i]
+            self._noise[i].set_state(state["noise"][i])
+        self._seeds = list(state["_seeds"])
+
+    def _rng(self, i: int, seed: int | None = None) -> np.random.Generator:
+        """The random stream of env i, made anew if a seed is given."""
+        rng = self._rngs[i]
+        if rng is None or seed is not None:
+            if seed is None:
+                seed = int(np.random.SeedSequence().generate_state(1)[0])
+            rng, self._seeds[i] = seeding.np_random(seed)
+            noise_seed = rng.bit_generator.seed_seq.spawn(1)[0].generate_state(1, np.uint64)[0]  # type: ignore[attr-defined]
+            self._noise[i].manual_seed(int(noise_seed))
+            self._rngs[i] = rng
+        return rng
+
+    def _choose_start(self, i: int, options: Mapping[str, Any]) -> StartState:
+        if "start" in options:
+            return user_start(**options["start"], image_size=self.world_model.image_size)
+        suite = options.get("suite") or self.suite
+        task = options.get("task")
+        if task is None and suite == self.suite:
+            task = self.task
+        return self.start_states.draw(
+            self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
+        )
+
+    def _begin(self, rows: NDArray[np.int64], starts: Sequence[StartState]) -> None:
+        """Begin an episode from ``starts[k]`` in env ``rows[k]``."""
+        images = np.stack([start.image for start in starts])
+        history = self.world_model.init_history(images)
+        if self._history is None:
+            self._history = history.new_zeros((self.num_envs, *history.shape[1:]))
+        self._history[torch.from_numpy(rows)] = history
+        self._clips[rows, 0] = images
+        self._lengths[rows] = 1
+        self._done[rows] = False
+        for i, start in zip(rows.tolist(), starts, strict=True):
+            self._starts[i] = start
+            self._proprio[i] = start.proprio
+            self._embeddings[i] = instruction_embedding(start.instruction)
+        self._judge(rows)
+
+    def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
+        """Append one imagined chunk to the episodes of envs ``rows``."""
+        assert self._history is not None  # reset() comes first
+        device, index = self._history.device, torch.from_numpy(rows)
+        chunk = self.world_model.imagine(
+            self._history[index],
+            torch.from_numpy(self._proprio[rows]).to(device),
+            torch.from_numpy(actions).to(device),
+            generator=[self._noise[i] for i in rows.tolist()],
+            num_inference_steps=self.num_sampling_steps,
+        )
+        proprio = chunk.proprio.float().cpu().numpy()
+        if not np.isfinite(proprio).all():
+            lost = rows[~np.isfinite(proprio).all(axis=1)].tolist()
+            raise FloatingPointError(
+                f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
+            )
+        self._history[index] = chunk.history
+        self._proprio[rows] = proprio
+        frames = self.world_model.chunk_frames
+        self._clips[rows[:, None], self._lengths[rows, None] + np.arange(frames)] = chunk.frames.numpy()
+        self._lengths[rows] += frames
+        self._judge(rows)
+
+    def _judge(self, rows: NDArray[np.int64]) -> None:
+        """Let the reward model see the episodes of envs ``rows``."""
+        lengths = self._lengths[rows]
+        clips = self._clips[:, : lengths.max()]
+        self._probability[rows] = self.reward_model.score(
+            clips if rows.size == self.num_envs else clips[rows],
+            lengths,
+            [start.instruction for start in (self._starts[i] for i in rows.tolist()) if start is not None],
+            self._embeddings[rows],
+        )
+
+    def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        array = np.asarray(actions)
+        if array.dtype.kind not in "fiu" or array.shape != self.action_space.shape:
+            raise ValueError(
+                f"Actions must be numbers of shape {self.action_space.shape}, got {array.dtype} {array.shape}."
+            )
+        peak = np.abs(array[rows]).max(axis=(1, 2))
+        if not (peak <= 1 + ACTION_TOLERANCE).all():
+            bad = rows[~(peak <= 1 + ACTION_TOLERANCE)].tolist()
+            raise ValueError(
+                f"Actions must be finite and within [-1, 1]; envs {bad} have largest magnitudes "
+                f"{peak[~(peak <= 1 + ACTION_TOLERANCE)].tolist()}. Nothing is clipped for you: normalise or np.clip them."
+            )
+        return array.astype(np.float32)
+
+    def _observations(self) -> Observation:
+        image = self._clips[np.arange(self.num_envs), self._lengths - 1]
+        return {"image": image, "proprio": self._proprio.copy(), "instruction": self._embeddings.copy()}
+
+    def _info(self, i: int) -> dict[str, Any]:
+        start, length, frames = self._starts[i], self._lengths[i], self.world_model.chunk_frames
+        assert start is not None  # reset() comes first
+        began = length == 1
+        info = {
+            "instruction": start.instruction,
+            "suite": start.suite,
+            "task": start.task,
+            "init_state": start.init_state,
+            "success_probability": float(self._probability[i]),
+            "is_success": bool(not began and self._probability[i] >= self.reward_model.threshold),
+            "seed": self._seeds[i],
+        }
+        if not began:
+            info["frames"] = self._clips[i, length - frames : length].copy()
+        return info

@@ -1,0 +1,310 @@
+"""Prophet against the real simulator: recorded episodes replayed in imagination, frame by frame and outcome by outcome."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from prophet_gym.data.clips import EpisodeArrays, load_arrays
+from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.envs.models import resolve_reward_model, resolve_world_model
+from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
+from prophet_gym.reward.base import RewardModel
+from prophet_gym.reward.training import episode_metrics, episode_peaks
+from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    checkpoint: str | ProphetPipeline,
+    data: Sequence[str | os.PathLike[str]],
+    report: str | os.PathLike[str],
+    *,
+    reward_model: str | RewardModel = "reward-libero",
+    split: str = "val",
+    episodes: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a world model and a reward model on recorded episodes that neither was trained on.
+
+    Writes `results.json`, `drift.png` and `contact_sheet_*.png` (real above imagined) to `report`.
+
+    Args:
+        checkpoint: a pipeline, its folder, or the name of a shipped one.
+        data: folders written by `prophet record`. The actions-only control is trained on their training split.
+        report: folder of the report; made if needed.
+        reward_model: a reward model, its folder, or the name of a shipped one.
+        split: "val" or "test". episodes: at most this many of each data set. seed: of the world model's noise.
+
+    Returns:
+        The content of `results.json`, one entry per data set: `video` (dB and SSIM, see `video_report`), `proprio_cm`,
+        `outcome` (see `outcome_report`).
+
+    Raises:
+        ValueError: the split is "train": no number is reported on data that a model was trained on.
+    """
+    if split == "train":
+        raise ValueError('Expected split "val" or "test": the models were trained on "train".')
+    pipeline = resolve_world_model(checkpoint, "cpu", "float32")
+    judge = resolve_reward_model(reward_model, "cpu", "float32")
+    report = Path(report)
+    report.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for path in data:
+        dataset = EpisodeDataset(path)
+        arrays = load_arrays(dataset.select(split=split), None)
+        control = load_actions(dataset, "train")
+        name = arrays.records[0].suite
+        count = len(arrays.records) if episodes is None else min(episodes, len(arrays.records))
+        imagined, proprio_error = replay_episodes(pipeline, arrays, count, seed)
+        real = _real_clips(arrays, count)
+        video, curves = video_report(pipeline, arrays, real, imagined, count, seed)
+        results[name] = {
+            "split": split,
+            "video": video,
+            "proprio_cm": {"mean_end": float(proprio_error[:, -1].mean()), "mean": float(proprio_error.mean())},
+            "outcome": outcome_report(judge, arrays, imagined, count, control),
+        }
+        _draw_curves(curves, report / f"drift_{name}.png", name)
+        _draw_contact_sheet(real, imagined, report / f"contact_sheet_{name}.png")
+        logger.info("%s: %s", name, json.dumps(results[name], indent=1))
+    temporary = report / ".results.tmp"
+    temporary.write_text(json.dumps(results, indent=1))
+    os.replace(temporary, report / "results.json")
+    return results
+
+
+def replay_episodes(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, count: int, seed: int, batch_size: int = 32
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Imagine the first `count` episodes from their first frame and their actions, Prophet's own frames fed back.
+
+    Returns:
+        Frames uint8 (count, T + 1, H, W, 3), and the error of the estimated end-effector position in cm, float (count, T /
+        chunk_frames), at the end of each chunk.
+    """
+    length = _common_length(arrays, count, pipeline.chunk_frames)
+    clips, errors = [], []
+    for rows in tqdm(torch.arange(count).split(batch_size), desc="replaying"):
+        index = arrays.starts[rows][:, None] + torch.arange(length)
+        history = pipeline.init_history(arrays.frames[index[:, 0]])
+        proprio = arrays.proprio[index[:, 0]]
+        generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
+        clip, error = [arrays.frames[index[:, :1]]], []
+        for start in range(0, length - 1, pipeline.chunk_frames):
+            actions = arrays.actions[index[:, start : start + pipeline.chunk_frames]].flatten(1, 2)
+            chunk = pipeline.imagine(history, proprio, actions, generator)
+            history, proprio = chunk.history, chunk.proprio
+            clip.append(chunk.frames)
+            true = arrays.proprio[index[:, start + pipeline.chunk_frames], :3]
+            error.append(100 * (proprio[:, :3].cpu() - true).norm(dim=-1))
+        clips.append(torch.cat(clip, dim=1))
+        errors.append(torch.stack(error, dim=1))
+    return torch.cat(clips).numpy(), torch.cat(errors).double().numpy()
+
+
+def video_report(
+    pipeline: ProphetPipeline,
+    arrays: EpisodeArrays,
+    real: NDArray[np.uint8],
+    imagined: NDArray[np.uint8],
+    count: int,
+    seed: int,
+) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    """PSNR (dB), SSIM and tSSIM of whole imagined episodes and of single chunks from real history.
+
+    Baselines: `copy` repeats the last frame that was given (the start frame, for whole episodes); `autoencoder` decodes the
+    encoded real frames, the ceiling of anything that this autoencoder shows.
+
+    Returns:
+        The means, and the curves over time (T,) of `prophet`, `copy`, `autoencoder`, whole frame and `moving` pixels.
+    """
+    copied = np.repeat(real[:, :1], real.shape[1], axis=1)
+    ceiling = _reconstruct(pipeline, real)
+    curves: dict[str, NDArray[np.float64]] = {}
+    report: dict[str, float] = {"episodes": float(count), "frames": float(real.shape[1])}
+    for name, video in (("prophet", imagined), ("copy", copied), ("autoencoder", ceiling)):
+        curves[name] = psnr(video, real)[:, 1:].clamp(max=60).mean(0).numpy()
+        curves[f"{name} (moving pixels)"] = moving_psnr(video, real)[:, 1:].clamp(max=60).nanmean(0).numpy()
+        report[f"episode_psnr_{name}"] = float(curves[name].mean())
+        report[f"episode_moving_psnr_{name}"] = float(np.nanmean(curves[f"{name} (moving pixels)"]))
+        report[f"final_psnr_{name}"] = float(curves[name][-1])
+        report[f"episode_ssim_{name}"] = float(ssim(video, real)[:, 1:].mean())
+        report[f"episode_tssim_{name}"] = float(temporal_ssim(video, real).mean())
+
+    chunks = _next_chunks(pipeline, arrays, count, real.shape[1], seed)
+    frames = pipeline.chunk_frames
+    present = real[:, :-1:frames][:, :, None]  # (count, N, 1, H, W, 3)
+    target = np.concatenate([present, real[:, 1:].reshape(count, -1, frames, *real.shape[2:])], axis=2)
+    ceiling = np.concatenate([present, ceiling[:, 1:].reshape(count, -1, frames, *real.shape[2:])], axis=2)
+    for name, video in (
+        ("prophet", np.concatenate([present, chunks], axis=2)),
+        ("copy", np.repeat(present, frames + 1, axis=2)),
+        ("autoencoder", ceiling),
+    ):
+        report[f"next_chunk_psnr_{name}"] = float(psnr(video, target)[..., 1:].clamp(max=60).mean())
+        report[f"next_chunk_moving_psnr_{name}"] = float(moving_psnr(video, target)[..., 1:].clamp(max=60).nanmean())
+        report[f"next_chunk_ssim_{name}"] = float(ssim(video, target)[..., 1:].mean())
+        report[f"next_chunk_tssim_{name}"] = float(temporal_ssim(video, target).mean())
+    return report, curves
+
+
+def outcome_report(
+    judge: RewardModel,
+    arrays: EpisodeArrays,
+    imagined: NDArray[np.uint8],
+    count: int,
+    control: tuple[torch.Tensor, torch.Tensor],
+) -> dict[str, dict[str, float]]:
+    """How often the judged outcome agrees with the real one: on the real video, on the imagined one, from actions alone.
+
+    An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that is when
+    an environment would have ended it.
+
+    Args:
+        control: actions (E, D) and outcomes (E,) of training episodes, see `load_actions`.
+
+    Returns:
+        `episode_metrics` of `real_frames`, `imagined_frames` and `actions_only`.
+    """
+    first = _first_episodes(arrays, count)
+    _, solved = episode_peaks(first, torch.zeros(len(first.frames)))
+    real = _real_clips(arrays, count)
+    report = {
+        "real_frames": episode_metrics(_judge(judge, first, real), solved, judge.threshold),
+        "imagined_frames": episode_metrics(_judge(judge, first, imagined), solved, judge.threshold),
+    }
+    probability = _predict_from_actions(control, _action_features(first))
+    report["actions_only"] = episode_metrics(probability, solved, 0.5)
+    return report
+
+
+def load_actions(dataset: EpisodeDataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the actions (E, D) and outcomes (E,) of a split, for the control that sees nothing else."""
+    arrays = load_arrays(dataset.select(split=split), None, progress=False)
+    return _action_features(arrays), torch.from_numpy(episode_peaks(arrays, torch.zeros(len(arrays.frames)))[1])
+
+
+def _action_features(arrays: EpisodeArrays) -> torch.Tensor:
+    """Mean action of every video step, and the task: float (E, T * 7 + 10)."""
+    length = int(arrays.lengths.min())
+    index = arrays.starts[:, None] + torch.arange(length - 1)
+    tasks = F.one_hot(torch.tensor([record.task for record in arrays.records]), 10).float()
+    return torch.cat([arrays.actions[index].mean(2).flatten(1), tasks], dim=1)
+
+
+def _predict_from_actions(control: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor) -> NDArray[np.float64]:
+    """Fit a small network to (actions, outcome) of the training episodes; probabilities for `features`, float (E,)."""
+    inputs, outcomes = control
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 1))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
+        for _ in range(400):
+            loss = F.binary_cross_entropy_with_logits(network(inputs)[:, 0], outcomes.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.inference_mode():
+        return torch.sigmoid(network.eval()(features)[:, 0]).double().numpy()
+
+
+def _judge(judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Highest probability at the end of any chunk, per clip (N, T + 1, H, W, 3): float (N,)."""
+    instructions = [record.instruction for record in arrays.records]
+    embeddings = embed_instructions(instructions)
+    scores = [
+        judge.score(clips[:, : end + 1], np.full(len(clips), end + 1), instructions, embeddings)
+        for end in range(2, clips.shape[1], 2)
+    ]
+    return np.max(scores, axis=0).astype(np.float64)
+
+
+def _first_episodes(arrays: EpisodeArrays, count: int) -> EpisodeArrays:
+    rows = int(arrays.lengths[:count].sum())
+    return EpisodeArrays(
+        frames=arrays.frames[:rows],
+        proprio=arrays.proprio[:rows],
+        actions=arrays.actions[:rows],
+        success=arrays.success[:rows],
+        starts=arrays.starts[:count],
+        lengths=arrays.lengths[:count],
+        records=arrays.records[:count],
+    )
+
+
+def _common_length(arrays: EpisodeArrays, count: int, chunk_frames: int) -> int:
+    shortest = int(arrays.lengths[:count].min()) - 1
+    return shortest - shortest % chunk_frames + 1
+
+
+def _real_clips(arrays: EpisodeArrays, count: int, chunk_frames: int = 2) -> NDArray[np.uint8]:
+    index = arrays.starts[:count, None] + torch.arange(_common_length(arrays, count, chunk_frames))
+    return arrays.frames[index].numpy()
+
+
+@torch.inference_mode()
+def _reconstruct(pipeline: ProphetPipeline, real: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    frames = torch.from_numpy(real).flatten(0, 1)
+    batches = [
+        pixels_to_frames(pipeline.vae(frames_to_pixels(batch).to(pipeline.device))).cpu() for batch in frames.split(128)
+    ]
+    return torch.cat(batches).unflatten(0, real.shape[:2]).numpy()
+
+
+def _next_chunks(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, count: int, length: int, seed: int
+) -> NDArray[np.uint8]:
+    """Imagine every chunk of every episode from real history: uint8 (count, N, chunk_frames, H, W, 3)."""
+    frames = pipeline.chunk_frames
+    present = arrays.starts[:count, None] + torch.arange(0, length - 1, frames)  # (count, N)
+    past = torch.arange(2 - pipeline.transformer.config.history_frames, 1)
+    chunks = []
+    for start, rows in zip(arrays.starts[:count], present, strict=True):
+        recent = (rows[:, None] + past).clamp(min=int(start))  # (N, T_h - 1)
+        index = torch.cat([start.expand(len(rows), 1), recent], dim=1)
+        shown = arrays.frames[index]
+        history = pipeline.init_history(shown.flatten(0, 1))[:, -1].unflatten(0, index.shape)
+        actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
+        generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
+        chunks.append(pipeline.imagine(history, arrays.proprio[rows], actions, generator).frames)
+    return torch.stack(chunks).numpy()
+
+
+def _draw_curves(curves: dict[str, NDArray[np.float64]], path: Path, title: str) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for index, (name, curve) in enumerate(curves.items()):
+        style = "--" if "moving" in name else "-"
+        axes.plot(np.arange(1, len(curve) + 1), curve, style, color=f"C{index // 2}", label=name)
+    axes.set(xlabel="frames after the start (5 Hz)", ylabel="PSNR (dB)", title=f"{title}: own frames fed back")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_contact_sheet(real: NDArray[np.uint8], imagined: NDArray[np.uint8], path: Path, rows: int = 6) -> None:
+    """Eleven moments of each of `rows` episodes spread over the set, real above imagined."""
+    moments = np.linspace(0, real.shape[1] - 1, 11).astype(int)
+    chosen = np.linspace(0, len(real) - 1, min(rows, len(real))).astype(int)
+    strips = []
+    for index in chosen:
+        strips += [np.concatenate(list(video[index, moments]), axis=1) for video in (real, imagined)]
+        strips.append(np.full((6, strips[-1].shape[1], 3), 255, np.uint8))
+    iio.imwrite(path, np.concatenate(strips))

@@ -1,0 +1,163 @@
+"""How often a policy succeeds: in Prophet, and in the real simulator, from the same starts."""
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from prophet_gym.envs.vector_env import ProphetVectorEnv
+
+
+class Policy(Protocol):
+    """Anything with Stable-Baselines3's `predict`."""
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[NDArray[np.float32], Any]:
+        """Map batched observations to batched actions (B, chunk, 7)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Outcomes of one evaluation.
+
+    Attributes:
+        success: bool (N,), one entry per episode.
+        task, init_state: int (N,), where each episode began.
+        videos: uint8 (T, H, W, 3) of the first episode of each task.
+    """
+
+    success: NDArray[np.bool_]
+    task: NDArray[np.int64]
+    init_state: NDArray[np.int64]
+    videos: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Share of solved episodes."""
+        return float(self.success.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the success rate."""
+        n, p, z = len(self.success), self.rate, 1.96
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return float(centre - half), float(centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.rate:.1f}% [{100 * low:.0f}, {100 * high:.0f}] of {len(self.success)}"
+
+
+def starts_of(tasks: Sequence[int], init_states: Sequence[int], repeats: int = 1) -> NDArray[np.int64]:
+    """All pairs of (task, init_state), `repeats` times: int64 (N, 2)."""
+    pairs = [(task, state) for task in tasks for _ in range(repeats) for state in init_states]
+    return np.array(pairs, np.int64)
+
+
+def evaluate_in_prophet(
+    policy: Policy,
+    suite: str,
+    starts: NDArray[np.int64],
+    *,
+    split: str = "val",
+    seed: int = 0,
+    deterministic: bool = False,
+    **env_arguments: Any,
+) -> Rollouts:
+    """Roll the policy out in Prophet, all episodes side by side.
+
+    Args:
+        policy: see `Policy`.
+        suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the starts.
+        seed: of the world model's noise. deterministic: passed to `predict`.
+        env_arguments: further arguments of `ProphetVectorEnv`.
+
+    Returns:
+        The reward model's verdicts.
+    """
+    env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
+    options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
+    observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
+    running, success = np.ones(len(starts), bool), np.zeros(len(starts), bool)
+    clips = [observation["image"][:, None].copy()]
+    ends = np.ones(len(starts), int)
+    for _ in tqdm(range(env.max_chunks), desc="in Prophet", leave=False):
+        actions, _ = policy.predict(observation, deterministic=deterministic)
+        observation, _, terminated, truncated, info = env.step(actions)
+        clips.append(info["frames"])
+        ends[running] += info["frames"].shape[1]
+        success |= running & terminated
+        running &= ~(terminated | truncated)
+        if not running.any():
+            break
+    env.close()
+    video = np.concatenate(clips, axis=1)
+    first = [int(np.flatnonzero(starts[:, 0] == task)[0]) for task in np.unique(starts[:, 0])]
+    return Rollouts(success, starts[:, 0], starts[:, 1], [video[index, : ends[index]] for index in first])
+
+
+def evaluate_in_libero(
+    policy: Policy,
+    suite: str,
+    starts: NDArray[np.int64],
+    *,
+    split: str = "val",
+    deterministic: bool = False,
+    workers: int = 2,
+) -> Rollouts:
+    """Roll the policy out in the real simulator (extra `libero`), tasks shared out over processes.
+
+    Args:
+        policy: see `Policy`; it is pickled to the worker processes.
+        suite, starts, split, deterministic: as in `evaluate_in_prophet`.
+        workers: processes.
+
+    Returns:
+        The simulator's verdicts, in the order of `starts`.
+    """
+    tasks = np.unique(starts[:, 0])
+    jobs = [np.flatnonzero(starts[:, 0] == task) for task in tasks]
+    success = np.zeros(len(starts), bool)
+    videos: list[NDArray[np.uint8]] = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_libero_task, policy, suite, split, starts[job], deterministic) for job in jobs]
+        for job, future in tqdm(zip(jobs, futures, strict=True), desc="in LIBERO", total=len(jobs), leave=False):
+            success[job], video = future.result()
+            videos.append(video)
+    return Rollouts(success, starts[:, 0], starts[:, 1], videos)
+
+
+def _libero_task(
+    policy: Policy, suite: str, split: str, starts: NDArray[np.int64], deterministic: bool
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """All episodes of one task, in a worker process."""
+    import torch
+
+    from prophet_gym.simulators.libero import LiberoEnv
+
+    torch.set_num_threads(1)
+    torch.manual_seed(int(starts[0, 0]))
+    env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split)
+    success = np.zeros(len(starts), bool)
+    video: list[NDArray[np.uint8]] = []
+    for index, (_, init_state) in enumerate(starts):
+        observation, _ = env.reset(seed=index, options={"init_state": int(init_state)})
+        frames = [observation["image"][None]]
+        done = False
+        while not done:
+            batch = {key: value[None] for key, value in observation.items()}
+            actions, _ = policy.predict(batch, deterministic=deterministic)
+            observation, _, terminated, truncated, info = env.step(actions[0])
+            frames.append(info["frames"])
+            done = terminated or truncated
+        success[index] = bool(info["is_success"])
+        if index == 0:
+            video = frames
+    env.close()
+    return success, np.concatenate(video)

@@ -1,0 +1,37 @@
+"""What a reward model is."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class RewardModel(Protocol):
+    """Judges rollouts. Anything with this method and attribute can be passed as `reward_model=` to the environments.
+
+    Attributes:
+        threshold: an episode is taken for solved when its probability reaches this value, in (0, 1).
+    """
+
+    threshold: float
+
+    def score(
+        self,
+        frames: NDArray[np.uint8],
+        lengths: NDArray[np.int64],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Return the probability that each task stands solved at the end of its rollout so far.
+
+        Args:
+            frames: uint8 (B, T_max, H, W, 3), upright RGB; row i is valid up to `lengths[i]`, from the start frame on.
+            lengths: int (B,), at least 1.
+            instructions: B sentences.
+            embeddings: float32 (B, 384), their embeddings.
+
+        Returns:
+            float32 (B,) in [0, 1].
+        """
+        ...

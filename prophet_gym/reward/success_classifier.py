@@ -1,0 +1,99 @@
+"""A learned judge: does the video show the task solved? Trained on real episodes with the simulator's verdicts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+
+class SuccessClassifier(ModelMixin, ConfigMixin):
+    r"""
+    Convolutional classifier of (start frame, last two frames, instruction).
+
+    The start frame shows where things were, the last two where they are and whether they still move. The instruction
+    modulates the feature maps (FiLM) and selects what to look at. `logit_scale` and `logit_bias` calibrate the probability
+    on held-out data (Platt scaling).
+
+    Args:
+        channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
+        embedding_dim (`int`, defaults to `384`): size of the instruction embedding.
+        threshold (`float`, defaults to `0.5`): probability from which an episode counts as solved; chosen on held-out
+            episodes so that few failures pass.
+    """
+
+    @register_to_config
+    def __init__(
+        self, channels: tuple[int, int, int] = (32, 64, 96), embedding_dim: int = 384, threshold: float = 0.5
+    ) -> None:
+        super().__init__()
+        first, second, third = channels
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(36, first, 3, padding=1))
+        self.down = nn.ModuleList(
+            [nn.Conv2d(first, second, 4, stride=2, padding=1), nn.Conv2d(second, third, 4, stride=2, padding=1)]
+        )
+        self.mix = nn.Conv2d(third, third, 3, padding=1)
+        self.film = nn.Linear(embedding_dim, 2 * (second + third))
+        self.attention = nn.Conv2d(third, 4, 1)
+        self.head = nn.Sequential(nn.Linear(4 * (third + 2), 128), nn.SiLU(), nn.Linear(128, 1))
+        self.register_buffer("logit_scale", torch.ones(()))
+        self.register_buffer("logit_bias", torch.zeros(()))
+
+    @classmethod
+    def tiny_random(cls, seed: int = 0) -> "SuccessClassifier":
+        """Build an untrained classifier in a very small configuration, for tests."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(channels=(4, 8, 8), threshold=0.9).eval()
+
+    @property
+    def threshold(self) -> float:
+        """Probability from which an episode counts as solved."""
+        return self.config.threshold
+
+    def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return uncalibrated logits.
+
+        Args:
+            clips: uint8 (B, 3, H, W, 3): start frame, last frame but one, last frame. H and W are multiples of 8.
+            embeddings: float (B, embedding_dim).
+
+        Returns:
+            float (B,).
+        """
+        pixels = clips.to(self.film.weight.dtype).permute(0, 1, 4, 2, 3).flatten(1, 2) / 127.5 - 1.0  # (B, 9, H, W)
+        hidden = F.silu(self.stem(pixels))
+        modulation = self.film(embeddings.to(pixels.dtype))
+        for layer in self.down:
+            hidden = layer(hidden)
+            width = 2 * hidden.shape[1]
+            scale, shift = modulation[:, :width].chunk(2, dim=1)
+            modulation = modulation[:, width:]
+            hidden = F.silu(hidden * (1 + scale[..., None, None]) + shift[..., None, None])
+        hidden = hidden + F.silu(self.mix(hidden))
+        # Attention pooling that keeps where each head looked: (B, 4, h w) weights over (B, C + 2, h w) values.
+        height, width = hidden.shape[-2:]
+        rows = torch.linspace(-1, 1, height, device=hidden.device, dtype=hidden.dtype)
+        columns = torch.linspace(-1, 1, width, device=hidden.device, dtype=hidden.dtype)
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(hidden), -1, -1, -1)
+        values = torch.cat([hidden, grid], dim=1).flatten(2)
+        weights = self.attention(hidden).flatten(2).softmax(dim=-1)
+        return self.head(torch.einsum("bkn,bcn->bkc", weights, values).flatten(1))[:, 0]
+
+    @torch.inference_mode()
+    def score(
+        self,
+        frames: NDArray[np.uint8],
+        lengths: NDArray[np.int64],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Calibrated success probabilities, see `RewardModel.score`."""
+        rows = np.arange(len(frames))
+        clips = np.stack([frames[:, 0], frames[rows, np.maximum(lengths - 2, 0)], frames[rows, lengths - 1]], axis=1)
+        logits = self(torch.from_numpy(clips).to(self.device), torch.from_numpy(embeddings).to(self.device))
+        return torch.sigmoid(logits * self.logit_scale + self.logit_bias).float().cpu().numpy()

@@ -1,0 +1,181 @@
+"""Training and calibration of the success classifier on real episodes with the simulator's verdicts."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_auroc
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.reward.success_classifier import SuccessClassifier
+from prophet_gym.training import LossFn, fit
+
+MAX_FALSE_SUCCESS_RATE = 0.05
+"""Share of failed validation episodes that the threshold lets pass at most: false successes are what RL exploits."""
+
+
+def train_success_classifier(
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    out: str | os.PathLike[str],
+    *,
+    steps: int = 3000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[SuccessClassifier, dict[str, float]]:
+    """Train on the frames of one split, calibrate and choose the threshold on another, save to `out / reward`.
+
+    Args:
+        train_arrays, val_arrays: episodes with frame-wise verdicts.
+        out: folder; checkpoints and TensorBoard logs too. The same call resumes a killed run.
+        steps, batch_size, learning_rate, seed, device: of the training.
+
+    Returns:
+        The classifier, and its metrics on `val_arrays` (see `episode_metrics`), also written to `reward/metrics.json`.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = SuccessClassifier().to(device)
+    loss_fn = classification_loss(classifier, train_arrays, batch_size)
+    fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)
+
+    logits = frame_logits(classifier, val_arrays)
+    _calibrate(classifier, logits, val_arrays.success)
+    probability = torch.sigmoid(logits * classifier.logit_scale.cpu() + classifier.logit_bias.cpu())
+    peak, solved = episode_peaks(val_arrays, probability)
+    classifier.register_to_config(threshold=choose_threshold(peak, solved))
+    metrics = {"frame_auroc": float(binary_auroc(probability, val_arrays.success.long()))}
+    metrics |= episode_metrics(peak, solved, classifier.threshold)
+    temporary = out / ".reward.tmp"
+    classifier.save_pretrained(temporary)
+    (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    os.replace(temporary, out / "reward")
+    return classifier, metrics
+
+
+def classification_loss(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int) -> LossFn:
+    """Binary cross-entropy on frames: half solved ones, a quarter from the ends of episodes that failed, a quarter any.
+
+    Brightness, noise and blur are varied, so that a decoder's artefacts do not decide.
+    """
+    embeddings = _embeddings(arrays)
+    episode, first = _owners(arrays)
+    solved = arrays.success.nonzero()[:, 0]
+    last = arrays.starts + arrays.lengths - 1
+    failed = ~arrays.success[last]
+    ends = torch.cat([last[failed] - k for k in range(int(arrays.lengths.min()) // 3)])
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        quarter = batch_size // 4
+        rows = torch.cat(
+            [
+                pool[torch.randint(len(pool), (count,), generator=generator)]
+                for pool, count in ((solved, 2 * quarter), (ends, quarter), (torch.arange(len(episode)), quarter))
+            ]
+        )
+        clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
+        clips = _augment(clips, generator).to(classifier.device)
+        logits = classifier(clips, embeddings[episode[rows]].to(classifier.device))
+        target = arrays.success[rows].float().to(classifier.device)
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        return loss, {"accuracy": ((logits > 0) == (target > 0)).float().mean().item()}
+
+    return loss_fn
+
+
+def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Vary brightness, add noise, and blur the later frames of half of the clips. uint8 (B, 3, H, W, 3), same out."""
+    batch = len(clips)
+    pixels = clips.float()
+    blurred = F.avg_pool2d(pixels.flatten(0, 1).movedim(-1, 1), 3, 1, 1, count_include_pad=False)
+    blurred = blurred.movedim(1, -1).unflatten(0, clips.shape[:2])
+    use = torch.rand(batch, 1, 1, 1, 1, generator=generator) < 0.5
+    pixels = torch.where(use, torch.cat([pixels[:, :1], blurred[:, 1:]], dim=1), pixels)
+    gain = 1 + 0.1 * torch.randn(batch, 1, 1, 1, 1, generator=generator)
+    noise = 4 * torch.rand(batch, 1, 1, 1, 1, generator=generator) * torch.randn(pixels.shape, generator=generator)
+    return (gain * pixels + noise).clamp(0, 255).to(torch.uint8)
+
+
+@torch.inference_mode()
+def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
+    """Uncalibrated logits of every frame of `arrays`, each seen with its predecessor and its episode's start: float (N,)."""
+    embeddings = _embeddings(arrays)
+    episode, first = _owners(arrays)
+    logits = []
+    for rows in torch.arange(len(episode)).split(batch_size):
+        clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
+        logits.append(classifier(clips.to(classifier.device), embeddings[episode[rows]].to(classifier.device)).cpu())
+    return torch.cat(logits)
+
+
+def _calibrate(classifier: SuccessClassifier, logits: torch.Tensor, success: torch.Tensor) -> None:
+    """Platt scaling: the scale and bias of the logits that minimise the cross-entropy on held-out frames."""
+    parameters = torch.tensor([1.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(parameters[0] * logits + parameters[1], success.float())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    classifier.logit_scale.copy_(parameters[0].detach())
+    classifier.logit_bias.copy_(parameters[1].detach())
+
+
+def episode_peaks(
+    arrays: EpisodeArrays, probability: torch.Tensor, chunk_frames: int = 2
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Per episode, the highest probability at the end of a chunk, and whether the simulator saw success at such a time.
+
+    An environment ends an episode the first time that the probability reaches the threshold, so the peak decides.
+    """
+    peaks, solved = [], []
+    for start, length in zip(arrays.starts.tolist(), arrays.lengths.tolist(), strict=True):
+        rows = torch.arange(start + chunk_frames, start + length, chunk_frames)
+        peaks.append(float(probability[rows].max()))
+        solved.append(bool(arrays.success[rows].any()))
+    return np.array(peaks), np.array(solved)
+
+
+def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_]) -> float:
+    """Lowest threshold, at least 0.5, that no more than MAX_FALSE_SUCCESS_RATE of the failed episodes reach."""
+    failures = np.sort(peak[~solved])[::-1]
+    allowed = int(MAX_FALSE_SUCCESS_RATE * len(failures))
+    limit = failures[allowed] if allowed < len(failures) else 0.0
+    return float(min(max(0.5, np.nextafter(limit, 1.0)), 0.999))
+
+
+def episode_metrics(peak: NDArray[np.float64], solved: NDArray[np.bool_], threshold: float) -> dict[str, float]:
+    """Accuracy, AUROC, recall and false-success rate of "the peak reaches the threshold" against the real outcomes."""
+    judged = peak >= threshold
+    auroc = float(binary_auroc(torch.from_numpy(peak), torch.from_numpy(solved).long()))
+    return {
+        "episodes": float(len(solved)),
+        "success_rate": float(solved.mean()),
+        "accuracy": float((judged == solved).mean()),
+        "auroc": auroc,
+        "recall": float(judged[solved].mean()) if solved.any() else float("nan"),
+        "false_success_rate": float(judged[~solved].mean()) if (~solved).any() else float("nan"),
+        "threshold": threshold,
+    }
+
+
+def _embeddings(arrays: EpisodeArrays) -> torch.Tensor:
+    return torch.from_numpy(embed_instructions([record.instruction for record in arrays.records]))
+
+
+def _owners(arrays: EpisodeArrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of the episode that each frame belongs to, and that episode's first row: int64 (N,) both."""
+    episode = torch.repeat_interleave(torch.arange(len(arrays.starts)), arrays.lengths)
+    return episode, arrays.starts[episode]

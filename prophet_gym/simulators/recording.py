@@ -1,0 +1,212 @@
+"""Record data sets of scripted episodes in the real simulator: successes, honest failures and counterfactuals.
+
+Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and its actions never depend on
+whether the object was grasped: else a judge could read the outcome off the actions.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.simulators.experts import NOISE_RECIPES, NOISE_SHARES, PickAndPlace
+
+if TYPE_CHECKING:
+    from prophet_gym.simulators.libero_simulation import LiberoSimulation
+
+SPLIT_STATES = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
+RECORDABLE_SUITES = ("libero_object", "libero_spatial")
+NUM_TASKS = 10
+CONTROL_STEPS = 160
+FRAME_STRIDE = 4
+FPS = 5
+IMAGE_SIZE = 96
+COUNTERFACTUAL_SHARE = 0.1
+JITTER_SHARE = 0.5  # of the training episodes
+JITTER_DISTANCE = 0.03  # m
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """What one episode of a recording will be; a function of the seed and its index alone.
+
+    Attributes:
+        index: place in the data set.
+        task: index of the task in the suite.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        init_state: official initial state it begins from.
+        recipe: name of a noise recipe, or ``"counterfactual"``.
+        jitter: whether objects are shifted and the arm displaced before the first frame.
+        seed: seed of the episode's random stream.
+    """
+
+    index: int
+    task: int
+    split: str
+    init_state: int
+    recipe: str
+    jitter: bool
+    seed: int
+
+    @property
+    def kind(self) -> str:
+        """The data set's name for this recipe: ``"clean"``, ``"noisy"`` or ``"counterfactual"``."""
+        return self.recipe if self.recipe in ("clean", "counterfactual") else "noisy"
+
+
+def plan_episodes(episodes: int, seed: int) -> list[EpisodePlan]:
+    """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests."""
+    plans = []
+    for index in range(episodes):
+        episode_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        rng = np.random.default_rng([episode_seed, 0])
+        split = {8: "val", 9: "test"}.get(index // NUM_TASKS % 10, "train")
+        recipe = str(rng.choice(list(NOISE_SHARES), p=list(NOISE_SHARES.values())))
+        if rng.uniform() < COUNTERFACTUAL_SHARE:
+            recipe = "counterfactual"
+        jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE)
+        init_state = int(rng.choice(SPLIT_STATES[split]))
+        plans.append(EpisodePlan(index, index % NUM_TASKS, split, init_state, recipe, jitter, episode_seed))
+    return plans
+
+
+def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0, workers: int | None = None) -> Path:
+    """Record episodes of a suite into a LeRobot data set; run it again to resume.
+
+    Args:
+        suite: ``"libero_object"`` or ``"libero_spatial"``.
+        episodes: number of episodes, tasks in turn; the first N episodes do not depend on how many follow.
+        out: folder of the data set.
+        seed: seed of the whole recording.
+        workers: processes; None is one per core. Each needs up to 2.5 GB.
+
+    Returns:
+        the folder of the finished data set.
+
+    Raises:
+        ValueError: an unknown suite, or a count below 1.
+        ImportError: LIBERO is not installed.
+    """
+    if suite not in RECORDABLE_SUITES:
+        raise ValueError(f"There is an expert for {list(RECORDABLE_SUITES)}, got suite={suite!r}.")
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for name, count in (("episodes", episodes), ("workers", workers)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    root = Path(out)
+    plans = plan_episodes(episodes, seed)
+    spawn = get_context("spawn")
+    written = spawn.Queue()
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
+    with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
+        by_task = [[plan for plan in plans if plan.task == task] for task in range(NUM_TASKS)]
+        jobs = [pool.submit(_record_task, suite, root, some) for some in by_task if some]
+        while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
+            try:
+                written.get(timeout=1.0)
+                progress.update()
+            except queue.Empty:
+                continue
+        for job in jobs:
+            if job.done() and job.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
+        cameras = [job.result() for job in jobs]
+    _writer(root, cameras[0]).finalize(episodes)
+    return root
+
+
+def record_episode(simulation: LiberoSimulation, plan: EpisodePlan) -> Episode:
+    """Run one planned episode and keep what the camera saw."""
+    rng = np.random.default_rng([plan.seed, 1])
+    if plan.recipe == "counterfactual":
+        actions = _clean_actions_elsewhere(simulation, plan, rng)
+    _begin(simulation, plan.init_state, plan.jitter, rng)
+    if plan.recipe != "counterfactual":
+        expert = PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng)
+        actions = np.zeros((CONTROL_STEPS, 7), np.float32)
+    frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
+    for step in range(CONTROL_STEPS):
+        if plan.recipe != "counterfactual":
+            actions[step] = expert.act()
+        simulation.step(actions[step].astype(np.float64))
+        if (step + 1) % FRAME_STRIDE == 0:
+            frames.append(simulation.render())
+            proprio.append(simulation.proprio())
+            success.append(simulation.is_success())
+    return Episode(
+        frames=np.stack(frames),
+        proprio=np.stack(proprio),
+        actions=actions.reshape(-1, FRAME_STRIDE, 7),
+        success=np.array(success),
+        instruction=simulation.instruction,
+        suite=simulation.suite,
+        task=plan.task,
+        init_state=plan.init_state,
+        split=plan.split,
+        kind=plan.kind,
+        robot="panda",
+        seed=plan.seed,
+    )
+
+
+def _clean_actions_elsewhere(
+    simulation: LiberoSimulation, plan: EpisodePlan, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """What the undisturbed expert does from another, jittered start of the same task and split."""
+    others = [state for state in SPLIT_STATES[plan.split] if state != plan.init_state]
+    _begin(simulation, int(rng.choice(others)), True, rng)
+    expert = PickAndPlace(simulation, NOISE_RECIPES["clean"], rng)
+    actions = np.zeros((CONTROL_STEPS, 7), np.float32)
+    for step in range(CONTROL_STEPS):
+        actions[step] = expert.act()
+        simulation.step(actions[step].astype(np.float64))
+    return actions
+
+
+def _begin(simulation: LiberoSimulation, init_state: int, jitter: bool, rng: np.random.Generator) -> None:
+    simulation.reset(init_state)
+    if not jitter:
+        return
+    simulation.jitter_objects(JITTER_DISTANCE, rng)
+    push = rng.uniform(-1.0, 1.0, 6) * np.array([0.6, 0.6, 0.4, 0.15, 0.15, 0.3])
+    for _ in range(8):
+        simulation.step(np.append(push, -1.0))
+    for _ in range(4):
+        simulation.step(np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]))
+
+
+_written: Any = None  # in a worker: the queue that tells the parent of finished episodes
+
+
+def _start_worker(written: Any) -> None:
+    global _written
+    _written = written
+
+
+def _record_task(suite: str, root: Path, plans: list[EpisodePlan]) -> dict[str, list[list[float]]]:
+    from prophet_gym.simulators.libero import load_simulation
+
+    simulation = load_simulation(suite, plans[0].task, IMAGE_SIZE)
+    camera = simulation.camera()
+    writer = _writer(root, camera)
+    for plan in plans:
+        if not writer.has_episode(plan.index):
+            writer.write_episode(plan.index, record_episode(simulation, plan))
+        _written.put(plan.index)
+    simulation.close()
+    return camera
+
+
+def _writer(root: Path, camera: dict[str, list[list[float]]]) -> LeRobotWriter:
+    return LeRobotWriter(root, fps=FPS, frame_stride=FRAME_STRIDE, camera=camera, image_size=IMAGE_SIZE, robot="panda")

@@ -1,0 +1,14 @@
+"""Prophet, the learned world model."""
+
+from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.pipeline import ImaginedChunk, ProphetPipeline
+from prophet_gym.world_model.proprioception import ProprioceptionModel
+from prophet_gym.world_model.transformer import ProphetTransformer3DModel
+
+__all__ = [
+    "ImaginedChunk",
+    "ProphetAutoencoder",
+    "ProphetPipeline",
+    "ProphetTransformer3DModel",
+    "ProprioceptionModel",
+]

@@ -1,0 +1,284 @@
+"""ProphetPipeline: from frames, proprioception and a chunk of actions to the frames that follow."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.proprioception import ProprioceptionModel
+from prophet_gym.world_model.transformer import ProphetTransformer3DModel
+
+
+@dataclass
+class ImaginedChunk(BaseOutput):
+    """One imagined chunk.
+
+    Attributes:
+        frames: uint8 (B, chunk_frames, H, W, 3) on the CPU, upright RGB.
+        history: float (B, T_h, C, h, w), to pass to the next call.
+        proprio: float32 (B, P), Prophet's estimate after the chunk, metres and radians.
+    """
+
+    frames: torch.Tensor
+    history: torch.Tensor
+    proprio: torch.Tensor
+
+
+def frames_to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 (..., H, W, 3) frames to float32 (..., 3, H, W) pixels in [-1, 1]."""
+    return frames.movedim(-1, -3).to(torch.float32) / 127.5 - 1.0
+
+
+def pixels_to_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert float (..., 3, H, W) pixels in [-1, 1] (clamped) to uint8 (..., H, W, 3) frames."""
+    return ((pixels.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+
+class ProphetPipeline(DiffusionPipeline):
+    r"""
+    Prophet, the action-conditioned video world model (arXiv 2511.20633).
+
+    A rollout is autoregressive: `init_history` encodes the observed frames, every `imagine` call consumes one chunk of
+    actions and returns the next frames with the history and proprioception for the next call.
+
+    Args:
+        vae (`ProphetAutoencoder`): frames <-> latents.
+        transformer (`ProphetTransformer3DModel`): velocity of the chunk's latents.
+        proprioception (`ProprioceptionModel`): the robot's own state.
+        scheduler (`FlowMatchEulerDiscreteScheduler`): integrates the velocity from noise (sigma 1) to data (sigma 0).
+        image_size (`int`): side of the square video, pixels.
+        chunk_size (`int`): low-level actions in a chunk.
+        frame_stride (`int`): low-level actions between two video frames.
+        control_hz (`int`): low-level actions a second.
+        num_inference_steps (`int`): default number of sampling steps; one step is the conditional mean.
+    """
+
+    model_cpu_offload_seq = "vae->transformer"
+
+    def __init__(
+        self,
+        vae: ProphetAutoencoder,
+        transformer: ProphetTransformer3DModel,
+        proprioception: ProprioceptionModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        image_size: int = 96,
+        chunk_size: int = 8,
+        frame_stride: int = 4,
+        control_hz: int = 20,
+        num_inference_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if chunk_size % frame_stride:
+            raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
+        self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
+        self.register_to_config(
+            image_size=image_size,
+            chunk_size=chunk_size,
+            frame_stride=frame_stride,
+            control_hz=control_hz,
+            num_inference_steps=num_inference_steps,
+        )
+        self.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def tiny_random(cls, seed: int = 0) -> "ProphetPipeline":
+        """Build an untrained pipeline of the real classes in a very small configuration, for tests."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = ProphetTransformer3DModel(
+                latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, adaln_lora_dim=8
+            )
+            # A zero output layer would make every untrained video a still: give the actions something to move.
+            torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+            torch.nn.init.normal_(transformer.action_embed.to_adaln.weight, std=0.1)
+            return cls(
+                vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0)).eval(),
+                transformer=transformer.eval(),
+                proprioception=ProprioceptionModel(hidden_dim=16).eval(),
+                scheduler=FlowMatchEulerDiscreteScheduler(),
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square video, pixels."""
+        return self.config.image_size
+
+    @property
+    def chunk_size(self) -> int:
+        """Low-level actions in a chunk."""
+        return self.config.chunk_size
+
+    @property
+    def frame_stride(self) -> int:
+        """Low-level actions between two video frames."""
+        return self.config.frame_stride
+
+    @property
+    def chunk_frames(self) -> int:
+        """Video frames in a chunk."""
+        return self.chunk_size // self.frame_stride
+
+    @property
+    def action_dim(self) -> int:
+        """Size of one low-level action."""
+        return self.proprioception.config.action_dim
+
+    @torch.inference_mode()
+    def init_history(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Encode the frames that episodes start from.
+
+        Args:
+            images: uint8 (B, H, W, 3), upright RGB, H = W = image_size.
+
+        Returns:
+            History latents, float (B, T_h, C, h, w): the start frame, repeated (left padding).
+
+        Raises:
+            ValueError: shape or dtype differ from the above.
+        """
+        images = torch.as_tensor(images)
+        size = self.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
+            raise ValueError(
+                f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
+            )
+        pixels = frames_to_pixels(images).to(self.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).to(self.transformer.dtype)
+        return latents[:, None].repeat(1, self.transformer.config.history_frames, 1, 1, 1)
+
+    @torch.inference_mode()
+    def imagine(
+        self,
+        history: torch.Tensor,
+        proprio: torch.Tensor,
+        actions: torch.Tensor,
+        generator: list[torch.Generator] | torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+    ) -> ImaginedChunk:
+        """Imagine the frames that follow a chunk of actions.
+
+        Args:
+            history: float (B, T_h, C, h, w) from `init_history` or from the previous call.
+            proprio: float32 (B, P), metres and radians.
+            actions: float32 (B, chunk_size, action_dim) in [-1, 1].
+            generator: one CPU generator per row, so that a row's video does not depend on its neighbours; or one for all.
+            num_inference_steps: sampling steps; the pipeline's default if None. One step gives the conditional mean.
+
+        Returns:
+            ImaginedChunk.
+
+        Raises:
+            ValueError: shapes do not fit together, or num_inference_steps < 1.
+        """
+        self._check_inputs(history, proprio, actions, num_inference_steps)
+        device, dtype = self.transformer.device, self.transformer.dtype
+        history = history.to(device, dtype)
+        actions = actions.to(device, dtype)
+
+        # 1. The robot's own state, frame by frame, and the conditions made of it
+        condition, proprio = self.condition(proprio.to(device, torch.float32), actions)
+
+        # 2. Latent noise
+        batch, _, channels, height, width = history.shape
+        shape = (batch, self.chunk_frames, channels, height, width)
+        latents = randn_tensor(shape, generator=generator, device=torch.device("cpu")).to(device, dtype)
+
+        # 3. Denoising loop
+        steps = num_inference_steps or self.config.num_inference_steps
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            sigma = self.scheduler.sigmas[index].to(device, dtype).expand(batch)
+            velocity = self.transformer(latents, sigma, history, condition)
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+        # 4. Decode
+        pixels = self.vae.decode(latents.flatten(0, 1).to(self.vae.dtype))
+        frames = pixels_to_frames(pixels).unflatten(0, (batch, self.chunk_frames)).cpu()
+        return ImaginedChunk(frames=frames, history=advance_history(history, latents), proprio=proprio)
+
+    __call__ = imagine
+
+    def replay(
+        self,
+        images: np.ndarray | torch.Tensor,
+        proprio: torch.Tensor,
+        actions: torch.Tensor,
+        generator: list[torch.Generator] | torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+    ) -> torch.Tensor:
+        """Imagine whole episodes open loop, Prophet's own frames fed back.
+
+        Args:
+            images: uint8 (B, H, W, 3) start frames. proprio: float32 (B, P).
+            actions: float32 (B, N, A); N is a multiple of chunk_size.
+            generator, num_inference_steps: as in `imagine`.
+
+        Returns:
+            uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first.
+
+        Raises:
+            ValueError: N is not a multiple of chunk_size, or a shape does not fit.
+        """
+        if actions.shape[1] % self.chunk_size:
+            raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
+        clip = [torch.as_tensor(images)[:, None]]
+        history = self.init_history(images)
+        for chunk in actions.split(self.chunk_size, dim=1):
+            imagined = self.imagine(history, proprio, chunk, generator, num_inference_steps)
+            history, proprio = imagined.history, imagined.proprio
+            clip.append(imagined.frames)
+        return torch.cat(clip, dim=1)
+
+    def condition(self, proprio: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Roll the proprioception through a chunk and assemble the transformer's per-frame conditions.
+
+        Args:
+            proprio: float32 (B, P). actions: float (B, chunk_size, action_dim).
+
+        Returns:
+            Conditions (B, chunk_frames, D_c) and the proprioception after the chunk, float32 (B, P).
+        """
+        conditions = []
+        for frame_actions in actions.unflatten(1, (self.chunk_frames, self.frame_stride)).unbind(1):
+            following = self.proprioception(proprio, frame_actions.to(proprio.dtype))
+            conditions.append(frame_condition(self.proprioception, proprio, following, frame_actions))
+            proprio = following
+        return torch.stack(conditions, dim=1).to(actions.dtype), proprio
+
+    def _check_inputs(
+        self, history: torch.Tensor, proprio: torch.Tensor, actions: torch.Tensor, steps: int | None
+    ) -> None:
+        config: Any = self.transformer.config
+        batch = history.shape[0]
+        expected = {
+            "history": (batch, config.history_frames, config.latent_channels) + (self.image_size // 8,) * 2,
+            "proprio": (batch, self.proprioception.config.proprio_dim),
+            "actions": (batch, self.chunk_size, self.action_dim),
+        }
+        for name, value in (("history", history), ("proprio", proprio), ("actions", actions)):
+            if tuple(value.shape) != expected[name]:
+                raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")
+        if steps is not None and steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
+
+
+def advance_history(history: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Append new latents (B, F, C, h, w) to a history (B, T_h, C, h, w): the first frame stays, the rest is the most recent."""
+    recent = torch.cat([history[:, 1:], latents.to(history.dtype)], dim=1)
+    return torch.cat([history[:, :1], recent[:, 1 - history.shape[1] :]], dim=1)
+
+
+def frame_condition(
+    model: ProprioceptionModel, before: torch.Tensor, after: torch.Tensor, actions: torch.Tensor
+) -> torch.Tensor:
+    """Assemble one frame's condition from proprioception before and after it (..., P) and its actions (..., stride, A).
+
+    Returns:
+        float (..., stride * A + 2 P).
+    """
+    return torch.cat([actions.flatten(-2).to(before.dtype), model.normalize(before), model.normalize(after)], dim=-1)

@@ -1,0 +1,292 @@
+"""Training of Prophet: proprioception, autoencoder, then the transformer by rectified flow; every stage can be resumed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import imageio
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays
+from prophet_gym.training import LossFn, fit
+from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frame_condition, frames_to_pixels
+from prophet_gym.world_model.proprioception import ProprioceptionModel
+from prophet_gym.world_model.transformer import ProphetTransformer3DModel
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes are for one core of an AVX2 CPU without bfloat16 units; see docs/training.md.
+    "tiny": {
+        "autoencoder": {"steps": 4000, "batch_size": 48, "learning_rate": 2e-3},
+        "proprioception": {"steps": 4000, "batch_size": 256, "learning_rate": 2e-3},
+        "transformer": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
+        "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
+    },
+    # Seconds: shows that the code runs, learns next to nothing.
+    "debug": {
+        "autoencoder": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
+        "proprioception": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
+        "transformer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "models": {
+            "autoencoder": {
+                "latent_channels": 4,
+                "block_channels": (8, 8, 16),
+                "encoder_blocks": (0, 0, 0),
+                "decoder_blocks": (0, 0, 0),
+            },
+            "proprioception": {"hidden_dim": 16},
+            "transformer": {
+                "latent_channels": 4,
+                "num_attention_heads": 2,
+                "attention_head_dim": 12,
+                "num_layers": 2,
+                "adaln_lora_dim": 8,
+            },
+        },
+    },
+}
+
+CROP = 48
+"""Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
+
+
+def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size: int) -> LossFn:
+    """L1 on pixels and on their finite differences, over crops drawn where the frame differs from the episode's first.
+
+    The latents get a little noise, so that the decoder forgives the transformer's errors.
+    """
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
+        crops = _moving_crops(arrays.frames[clip.rows[:, 1]], arrays.frames[clip.first_rows], generator)
+        pixels = frames_to_pixels(crops).to(vae.device)
+        latents = vae.encode(pixels)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        decoded = vae.decode(latents + 0.1 * latents.detach().std() * noise)
+        error = decoded - pixels
+        l1 = error.abs().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        size = 1e-4 * latents.square().mean()
+        return l1 + edges + size, {"l1": l1.item(), "psnr": _psnr(error)}
+
+    return loss_fn
+
+
+def _moving_crops(frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cut one CROP x CROP window (on the 8-pixel grid) from each frame, favouring where it differs from its reference."""
+    difference = (frames.float() - references.float()).abs().mean(-1)[:, None]
+    side = frames.shape[1] // 8
+    cells = F.avg_pool2d(difference, 8).flatten(1) + 2.0
+    centre = torch.multinomial(cells, 1, generator=generator)[:, 0]
+    span = CROP // 8
+    corner = torch.stack([centre // side, centre % side], dim=1) - torch.randint(
+        span, (len(frames), 2), generator=generator
+    )
+    corner = 8 * corner.clamp(0, side - span)
+    rows = corner[:, :1] + torch.arange(CROP)
+    columns = corner[:, 1:] + torch.arange(CROP)
+    return frames[torch.arange(len(frames))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch_size: int, frames: int = 4) -> LossFn:
+    """Error of the proprioception over `frames` frames of the model's own rollout, in units of one frame's usual change."""
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        windows = next(ClipSampler(arrays, 1, frames, batch_size, generator)).rows
+        proprio = arrays.proprio[windows[:, 0]].to(model.device)
+        losses = []
+        for k in range(frames):
+            proprio = model(proprio, arrays.actions[windows[:, k]].to(model.device))
+            target = arrays.proprio[windows[:, k + 1]].to(model.device)
+            losses.append(F.smooth_l1_loss(proprio / model.delta_std, target / model.delta_std))
+        error = (proprio - target)[:, :3].norm(dim=-1).mean()
+        return torch.stack(losses).mean(), {"position_error_mm": 1000 * error.item()}
+
+    return loss_fn
+
+
+def transformer_loss(
+    transformer: ProphetTransformer3DModel,
+    proprioception: ProprioceptionModel,
+    arrays: EpisodeArrays,
+    latents: torch.Tensor,
+    *,
+    batch_size: int,
+    chunk_frames: int,
+    steps: int,
+) -> LossFn:
+    """Rectified flow on chunks of latents, in the form of an error on the clean chunk, over the model's own rollout.
+
+    Half of the noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The clean
+    chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of training, two
+    and then three towards its end, against drift. The error counts more where the chunk differs from the last history frame.
+
+    Args:
+        latents: float16 (N, C, h, w), all frames of `arrays` encoded.
+        steps: length of the training, for the schedule of chunks.
+    """
+    device = transformer.device
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        chunks = 1 + int(step >= steps // 2) + int(step >= steps * 3 // 4)
+        recent = transformer.config.history_frames - 1
+        clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator))
+        history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float().to(device)
+        losses = []
+        for chunk in range(chunks):
+            present = recent - 1 + chunk * chunk_frames
+            before = clip.rows[:, present : present + chunk_frames]
+            after = clip.rows[:, present + 1 : present + 1 + chunk_frames]
+            clean = latents[after].float().to(device)
+            condition = frame_condition(
+                proprioception,
+                arrays.proprio[before].to(device),
+                arrays.proprio[after].to(device),
+                arrays.actions[before].to(device),
+            )
+            sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
+            pure = torch.rand(batch_size, generator=generator) < 0.5
+            sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
+            noise = torch.randn(clean.shape, generator=generator).to(device)
+            level = sigma[:, None, None, None, None]
+            sample = (1 - level) * clean + level * noise
+            velocity = transformer(sample, sigma, history, condition)
+            predicted = sample - level * velocity
+            moved = (clean - history[:, -1:]).abs().mean(2, keepdim=True)
+            weight = 1 + 4 * moved / moved.mean()
+            losses.append((weight * (predicted - clean).square()).mean())
+            history = advance_history(history, predicted.detach())
+        logs = {f"loss_chunk_{chunk}": loss.item() for chunk, loss in enumerate(losses)}
+        return torch.stack(losses).mean(), logs
+
+    return loss_fn
+
+
+@torch.inference_mode()
+def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+    """Encode uint8 frames (N, H, W, 3) to float16 latents (N, C, h, w) on the CPU."""
+    batches = tqdm(frames.split(batch_size), desc="encoding frames", mininterval=5.0)
+    return torch.cat([vae.encode(frames_to_pixels(batch).to(vae.device)).half().cpu() for batch in batches])
+
+
+def _standardize_latents(vae: ProphetAutoencoder, latents: torch.Tensor) -> torch.Tensor:
+    """Make the statistics of raw latents (N, C, h, w) part of the autoencoder; return the latents standardised."""
+    mean, std = latents.float().mean((0, 2, 3)), latents.float().std((0, 2, 3))
+    vae.latent_mean.copy_(mean)
+    vae.latent_std.copy_(std)
+    return ((latents.float() - mean[:, None, None]) / std[:, None, None]).half()
+
+
+def _set_proprio_statistics(model: ProprioceptionModel, arrays: EpisodeArrays) -> None:
+    same_episode = torch.ones(len(arrays.proprio) - 1, dtype=torch.bool)
+    same_episode[arrays.starts[1:] - 1] = False
+    change = arrays.proprio.diff(dim=0)[same_episode]
+    model.proprio_mean.copy_(arrays.proprio.mean(0))
+    model.proprio_std.copy_(arrays.proprio.std(0) + 1e-4)
+    model.delta_std.copy_(change.std(0) + 1e-5)
+
+
+def _psnr(error: torch.Tensor) -> float:
+    """PSNR in dB of an error on pixels in [-1, 1]."""
+    return float(-10 * torch.log10(error.detach().float().square().mean() / 4))
+
+
+def _validate(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, writer: SummaryWriter, step: int, episodes: int = 16
+) -> None:
+    """Replay validation episodes open loop; log PSNR by horizon and write a video, real above imagined."""
+    chosen = torch.linspace(0, len(arrays.starts) - 1, min(episodes, len(arrays.starts))).long()
+    starts, length = arrays.starts[chosen], int(arrays.lengths[chosen].min()) - 1
+    length -= length % pipeline.chunk_frames
+    index = starts[:, None] + torch.arange(length + 1)
+    actions = arrays.actions[index[:, :-1]].flatten(1, 2)
+    generator = [torch.Generator().manual_seed(k) for k in range(len(starts))]
+    imagined = pipeline.replay(arrays.frames[starts], arrays.proprio[starts], actions, generator)
+    real = arrays.frames[index]
+    error = (imagined.float() - real.float()) / 127.5
+    for frame in (pipeline.chunk_frames, 10, 20, length):
+        if frame <= length:
+            writer.add_scalar(f"validation/psnr_frame_{frame}", _psnr(error[:, frame]), step)
+    writer.add_scalar("validation/psnr_episode", _psnr(error[:, 1:]), step)
+    pairs = torch.cat([real, imagined], dim=2)[:8]  # (8, T, 2 H, W, 3)
+    video = list(pairs.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy())
+    imageio.mimwrite(out / f"validation-{step:06d}.mp4", video, fps=pipeline.config.control_hz / pipeline.frame_stride)
+
+
+def train(
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    out: str | os.PathLike[str],
+    *,
+    preset: str = "tiny",
+    seed: int = 0,
+    device: str = "cpu",
+) -> ProphetPipeline:
+    """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
+
+    Args:
+        train_arrays, val_arrays: frames, proprioception and actions of the two splits.
+        out: folder for checkpoints, TensorBoard logs, sample videos and the result.
+        preset: one of `PRESETS`. seed: of initial weights and batches. device: torch device.
+
+    Returns:
+        The trained pipeline, EMA weights.
+
+    Raises:
+        ValueError: unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
+    recipe, out = PRESETS[preset], Path(out)
+    if (out / "pipeline").exists():
+        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    stride = train_arrays.actions.shape[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = ProphetAutoencoder(**recipe["models"]["autoencoder"]).to(device)
+        proprioception = ProprioceptionModel(frame_stride=stride, **recipe["models"]["proprioception"]).to(device)
+        transformer = ProphetTransformer3DModel(**recipe["models"]["transformer"]).to(device)
+    pipeline = ProphetPipeline(
+        vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler(), image_size=train_arrays.frames.shape[1]
+    )
+
+    stage = dict(recipe["proprioception"])
+    _set_proprio_statistics(proprioception, train_arrays)
+    loss_fn = proprioception_loss(proprioception, train_arrays, stage.pop("batch_size"))
+    fit("proprioception", proprioception, loss_fn, out, seed=seed, **stage)
+
+    stage = dict(recipe["autoencoder"])
+    loss_fn = autoencoder_loss(vae, train_arrays, stage.pop("batch_size"))
+    fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
+
+    latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+
+    stage = dict(recipe["transformer"])
+    loss_fn = transformer_loss(
+        transformer,
+        proprioception,
+        train_arrays,
+        latents,
+        batch_size=stage.pop("batch_size"),
+        chunk_frames=pipeline.chunk_frames,
+        steps=stage["steps"],
+    )
+    fit(
+        "transformer",
+        transformer,
+        loss_fn,
+        out,
+        seed=seed,
+        validate=lambda writer, step: _validate(pipeline, val_arrays, out, writer, step),
+        **stage,
+    )
+    temporary = out / ".pipeline.tmp"
+    pipeline.save_pretrained(temporary)
+    os.replace(temporary, out / "pipeline")
+    return pipeline
