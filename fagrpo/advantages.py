@@ -9,8 +9,8 @@ def group_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Normalise returns within each group: (R - mean) / (std + eps), with the population standard deviation.
 
-    A group whose returns are all equal says nothing about which action was better. Its advantages are exactly 0, decided by
-    the range (a rounded std over a small eps would give spurious advantages), and its rows are masked.
+    A group whose returns are all equal says nothing about which action was better. Its advantages are exactly 0,
+    decided by the range (a rounded std over a small eps would give spurious advantages), and its rows are masked.
 
     :param returns: (N,) finite
     :param group_ids: (N,) integers; rows in any order, groups of any size

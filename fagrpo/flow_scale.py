@@ -1,8 +1,9 @@
 """FlowScale: one weight per flow step, so that no flow step drowns the others in the policy gradient.
 
-The gradient of the log-probability of flow step k with respect to the velocity has the expected norm |c_k| / std_k times
-a constant, where c_k = d mean_k / d v (``velocity_coefficient`` of :func:`fagrpo.flow_sde.transition_coefficients`).
-Late, low-noise steps dominate. FlowScale (arXiv 2511.20633) weights step k by a power of its variance. It is a biased
+The gradient of the log-probability of flow step k with respect to the velocity has the expected norm |c_k| / std_k
+times a constant, where c_k = d mean_k / d v (``velocity_coefficient`` of
+:func:`fagrpo.flow_sde.transition_coefficients`). Late, low-noise steps dominate. FlowScale (arXiv 2511.20633) weights
+    step k by a power of its variance. It is a biased
 preconditioner of the policy gradient; without it the gradient is the plain one.
 """
 
@@ -83,7 +84,8 @@ def equalizing_weights(std: Tensor, velocity_coefficient: Tensor) -> Tensor:
     coefficient = velocity_coefficient.double().abs()
     if coefficient.shape != std64.shape or not bool((coefficient > 0).all()):
         raise ValueError(
-            f"velocity_coefficient must be non-zero and of shape {tuple(std.shape)}, got {velocity_coefficient.tolist()}"
+            f"velocity_coefficient must be non-zero and of shape {tuple(std.shape)}, "
+            f"got {velocity_coefficient.tolist()}"
         )
     weights = std64 / coefficient
     return (weights / weights.mean()).to(std.dtype if std.dtype == torch.float64 else torch.float32)

@@ -3,8 +3,8 @@
 Convention (everywhere in fagrpo): time t runs from 1 (noise) to 0 (data), ``x_t = (1 - t) x_0 + t eps``, velocity
 ``v = dx/dt = eps - x_0``, and a flow step goes from t to ``t_next < t`` with ``delta = t - t_next > 0``.
 
-The ODE sampler is ``x_next = x - v delta``. Flow-GRPO (Liu et al. 2025, arXiv 2505.05470, eq. 9-12) replaces it by an SDE
-with the same marginals, so that each step is Gaussian and has a log-density:
+The ODE sampler is ``x_next = x - v delta``. Flow-GRPO (Liu et al. 2025, arXiv 2505.05470, eq. 9-12) replaces it by an
+SDE with the same marginals, so that each step is Gaussian and has a log-density:
 
     mean = x (1 - sigma^2 delta / (2 t)) - v delta (1 + sigma^2 (1 - t) / (2 t)),    std = sigma sqrt(delta)
 
@@ -13,7 +13,7 @@ Everything is computed in float32 (float64 for float64 input), whatever the netw
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -186,14 +186,36 @@ class FlowChain:
 
     def rows(self, index: Tensor | slice) -> "FlowChain":
         """The chains of some rows of the batch."""
-        return FlowChain(
-            states=self.states[:, index],
-            times=self.times,
-            means=self.means[:, index],
-            stds=self.stds,
-            log_probs=self.log_probs[:, index],
-            noise_level=self.noise_level,
-            schedule=self.schedule,
+        return replace(
+            self, states=self.states[:, index], means=self.means[:, index], log_probs=self.log_probs[:, index]
+        )
+
+    def to(self, device: torch.device | str) -> "FlowChain":
+        """The chain on another device; ``times`` stay on the CPU."""
+        return replace(
+            self,
+            states=self.states.to(device),
+            means=self.means.to(device),
+            stds=self.stds.to(device),
+            log_probs=self.log_probs.to(device),
+        )
+
+    @staticmethod
+    def concatenate(chains: "Sequence[FlowChain]") -> "FlowChain":
+        """Chains of one sampler setting, as one batch.
+
+        :raises ValueError: none, or chains whose times, stds or schedules differ
+        """
+        if not chains:
+            raise ValueError("there are no chains to concatenate")
+        first = chains[0]
+        if any(chain.schedule != first.schedule or not torch.equal(chain.stds, first.stds) for chain in chains):
+            raise ValueError("chains of different noise schedules or stochastic steps cannot be concatenated")
+        return replace(
+            first,
+            states=torch.cat([chain.states for chain in chains], dim=1),
+            means=torch.cat([chain.means for chain in chains], dim=1),
+            log_probs=torch.cat([chain.log_probs for chain in chains], dim=1),
         )
 
 
@@ -299,8 +321,8 @@ def score_chain(velocity_fn: VelocityFn, chain: FlowChain) -> Tensor:
 def log_prob_difference(x: Tensor, mean: Tensor, mean_old: Tensor, std: Tensor) -> Tensor:
     """Elementwise log Normal(x; mean, std) - log Normal(x; mean_old, std), without subtracting two large numbers.
 
-    With z = (x - mean_old) / std and d = (mean - mean_old) / std it is z d - d^2 / 2, exactly 0 for equal means: summed over
-    hundreds of dimensions, the difference of two rounded log-densities would not be.
+    With z = (x - mean_old) / std and d = (mean - mean_old) / std it is z d - d^2 / 2, exactly 0 for equal means:
+    summed over hundreds of dimensions, the difference of two rounded log-densities would not be.
 
     :param x: (..., *A) the sampled state
     :param mean: same shape, under the current policy

@@ -191,7 +191,8 @@ def color_jitter(images: Tensor, strength: float, generator: torch.Generator | N
 def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
     """Store the normalisation of vector observations and actions in the policy.
 
-    Action statistics are per last dimension, over rows and chunk positions. Custom encoders keep their own normalisation.
+    Action statistics are per last dimension, over rows and chunk positions. Custom encoders keep their own
+    normalisation.
 
     :param policy: changed in place
     :param demonstrations: training rows
@@ -208,13 +209,31 @@ def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
     policy.set_action_statistics(mean.expand(policy.action_shape), std.expand(policy.action_shape))
 
 
+def observation_batch(
+    demonstrations: Demonstrations, index: np.ndarray, device: torch.device
+) -> tuple[PyTorchObs, Tensor]:
+    """Some rows of the demonstrations as a policy's input and target.
+
+    :param demonstrations: in memory
+    :param index: int (B,)
+    :param device: where the tensors go
+    :return: observations (B rows) and actions float32 (B, \\*A)
+    """
+    rows = demonstrations.rows(index)
+    actions = torch.as_tensor(rows.actions, dtype=torch.float32, device=device)
+    if isinstance(rows.observations, dict):
+        return {key: torch.as_tensor(value, device=device) for key, value in rows.observations.items()}, actions
+    return torch.as_tensor(rows.observations, device=device), actions
+
+
 class _Data:
     """Demonstrations as tensors, from which augmented batches are drawn."""
 
     def __init__(self, demonstrations: Demonstrations, policy: FlowPolicy) -> None:
         if demonstrations.actions.shape[1:] != policy.action_shape:
             raise ValueError(
-                f"the demonstrations' actions have shape {demonstrations.actions.shape[1:]}, the policy's {policy.action_shape}"
+                f"the demonstrations' actions have shape {demonstrations.actions.shape[1:]}, "
+                f"the policy's {policy.action_shape}"
             )
         observations = demonstrations.observations
         self.is_dict = isinstance(observations, dict)

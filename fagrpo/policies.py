@@ -21,7 +21,6 @@ from stable_baselines3.common.preprocessing import (
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fagrpo.flow_sde import FlowChain, sample_chain
 
@@ -34,11 +33,11 @@ EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 class FlowHead(Protocol):
     """A policy head: anything with a velocity function.
 
-    ``head(x_t, t, context)`` returns v = eps - x_0 for a batch: x_t (B, \\*A) the noised action in the policy's normalised
-    units, t (B,) in (0, 1], context (B, C) the encoded observation; the result is (B, \\*A). It must be deterministic and treat
-    rows independently (no dropout, no batch normalisation), or the ratio of new to old probability is not 1 before the
-    first update. Pass the class as ``policy_kwargs=dict(flow_head_class=...)``: it is built with
-    ``flow_head_class(action_shape, context_dim, **flow_head_kwargs)``.
+    ``head(x_t, t, context)`` returns v = eps - x_0 for a batch: x_t (B, \\*A) the noised action in the policy's
+    normalised units, t (B,) in (0, 1], context (B, C) the encoded observation; the result is (B, \\*A). It must be
+    deterministic and treat rows independently (no dropout, no batch normalisation), or the ratio of new to old
+    probability is not 1 before the first update. Pass the class as ``policy_kwargs=dict(flow_head_class=...)``: it is
+    built with ``flow_head_class(action_shape, context_dim, **flow_head_kwargs)``.
     """
 
     def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor: ...
@@ -72,7 +71,7 @@ class _ModulatedBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition).chunk(2, dim=-1)
         hidden = self.norm(x) * (1 + scale) + shift
-        return x + self.contract(F.silu(self.expand(hidden)))
+        return x + self.contract(nn.functional.silu(self.expand(hidden)))
 
 
 class MlpFlowHead(nn.Module):
@@ -117,7 +116,7 @@ class MlpFlowHead(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         flat = x_t.flatten(1)
-        condition = F.silu(context + self.time_embed(sinusoidal_embedding(t, self.time_dim)))  # (B, C)
+        condition = nn.functional.silu(context + self.time_embed(sinusoidal_embedding(t, self.time_dim)))  # (B, C)
         hidden = self.embed(flat) + self.context_skip(context)  # (B, width)
         for block in self.blocks:
             hidden = block(hidden, condition)
@@ -141,8 +140,8 @@ class _ChannelNorm(nn.Module):
 class _ImageTrunk(nn.Module):
     """Convolutions that keep the layout of an image: /8 in size, then keypoints and a flattened low-channel map.
 
-    The vectors of the observation (an instruction, proprioception) modulate the channels (FiLM), so that the network can look
-    for the object that is named; two coordinate channels tell it where a feature is.
+    The vectors of the observation (an instruction, proprioception) modulate the channels (FiLM), so that the network
+    can look for the object that is named; two coordinate channels tell it where a feature is.
     """
 
     def __init__(
@@ -164,12 +163,11 @@ class _ImageTrunk(nn.Module):
         self.register_buffer("grid", torch.stack([columns, rows]), persistent=False)  # (2, h, w)
         self.grid: Tensor
         self.output_dim = 2 * keypoints + map_channels * height * width
-        self.to(memory_format=torch.channels_last)
 
     @staticmethod
     def _film(x: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        return F.relu(x * (1 + scale) + shift)
+        return nn.functional.relu(x * (1 + scale) + shift)
 
     def forward(self, image: Tensor, condition: Tensor) -> Tensor:
         """Image (B, C, H, W) in [0, 1] and condition (B, condition_dim) -> (B, output_dim)."""
@@ -191,7 +189,8 @@ class FlowObservationEncoder(BaseFeaturesExtractor):
 
     :param observation_space: Box or Dict; images are uint8, channels first
     :param features_dim: C, the size of the context
-    :param observation_keys: keys of a Dict to use, in this order; None: all. Leaving an image out gives a blind control.
+    :param observation_keys: keys of a Dict to use, in this order; None: all. Leaving an image out gives a blind
+        control.
     :param vector_dim: embedding size of each vector
     :param channels: channels of the two convolution stages
     :param keypoints: number of spatial-softmax keypoints per image
@@ -236,7 +235,8 @@ class FlowObservationEncoder(BaseFeaturesExtractor):
             shape = entries[key].shape
             if shape is None or min(shape[1:]) < 32:
                 raise ValueError(f"image {key!r} must be channels first and at least 32x32 pixels, got {shape}")
-            self.images[key] = _ImageTrunk(shape, condition_dim, channels, keypoints, map_channels)
+            trunk = _ImageTrunk(shape, condition_dim, channels, keypoints, map_channels)
+            self.images[key] = trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         total = vector_dim * len(self.vector_keys) + sum(trunk.output_dim for trunk in self.images.values())  # type: ignore[misc]
         self.fuse = nn.Sequential(
             nn.Linear(total, features_dim), nn.LayerNorm(features_dim), nn.SiLU(), nn.Linear(features_dim, features_dim)
@@ -280,9 +280,9 @@ def _channels_first(space: spaces.Space) -> spaces.Space:
 class FlowPolicy(BasePolicy):
     """A policy that samples its action with a flow: noise is carried to an action (chunk) in K steps.
 
-    The flow lives in normalised action units, ``action = mean + std * x``; the statistics are stored in the policy and begin as
-    the middle and half the range of the action space. Actions are clipped to the space only by :meth:`predict` and
-    when they are sent to an environment, never inside the flow.
+    The flow lives in normalised action units, ``action = mean + std * x``; the statistics are stored in the policy and
+    begin as the middle and half the range of the action space. Actions are clipped to the space only by
+    :meth:`predict` and when they are sent to an environment, never inside the flow.
 
     :param observation_space: Box or Dict of Boxes; channels-last images are accepted and transposed
     :param action_space: Box of any shape with finite bounds
@@ -323,7 +323,7 @@ class FlowPolicy(BasePolicy):
             raise ValueError(f"num_flow_steps must be at least 1, got {num_flow_steps}")
         if optimizer_kwargs is None:
             optimizer_kwargs = {"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {}
-        self._constructor = {
+        self._constructor: dict[str, Any] = {
             "num_flow_steps": num_flow_steps,
             "time_shift": time_shift,
             "observation_keys": None if observation_keys is None else list(observation_keys),
@@ -366,7 +366,7 @@ class FlowPolicy(BasePolicy):
         # Learning rates are set by the algorithm before each update.
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1.0), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    # ---- observations and actions -------------------------------------------------------------------------------------
+    # ---- observations and actions
 
     def encode(self, obs: PyTorchObs) -> Tensor:
         """Context of a batch of observations, computed once for all flow steps.
@@ -421,7 +421,7 @@ class FlowPolicy(BasePolicy):
         self.action_mean.copy_(mean)
         self.action_std.copy_(torch.maximum(std.to(self.action_std.device), 0.01 * half_range))
 
-    # ---- the flow -----------------------------------------------------------------------------------------------------
+    # ---- the flow
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """v(x_t, t, context): x_t (B, \\*A), t (B,), context (B, C) -> float32 (B, \\*A)."""
@@ -475,7 +475,7 @@ class FlowPolicy(BasePolicy):
         """Actions (B, \\*A) in environment units, not clipped."""
         return self._predict(obs, deterministic)
 
-    # ---- files --------------------------------------------------------------------------------------------------------
+    # ---- files
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {"observation_space": self.observation_space, "action_space": self.action_space, **self._constructor}
@@ -501,8 +501,8 @@ class FlowPolicy(BasePolicy):
         encoder, head = arguments.pop("features_extractor_class"), arguments.pop("flow_head_class")
         if encoder is not FlowObservationEncoder or head is not MlpFlowHead:
             raise ValueError(
-                "only a policy with the built-in FlowObservationEncoder and MlpFlowHead can be exported with its config; "
-                "save the state_dict of a custom one with safetensors yourself"
+                "only a policy with the built-in FlowObservationEncoder and MlpFlowHead can be exported with its "
+                "config; save the state_dict of a custom one with safetensors yourself"
             )
         for name in ("optimizer_class", "optimizer_kwargs"):
             arguments.pop(name)

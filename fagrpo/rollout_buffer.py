@@ -45,8 +45,9 @@ class GroupRolloutSamples:
 class GroupRolloutBuffer:
     """Stores one rollout: a row per executed environment action, whatever the episodes' lengths.
 
-    Steps after an episode's end are never added, which is their mask. Rows belong to episodes and episodes to groups that
-    share a start. Nothing in here is sampled with replacement and nothing is normalised before :meth:`finish`.
+    Steps after an episode's end are never added, which is their mask. Rows belong to episodes and episodes to groups
+    that share a start. ``successes`` maps finished episodes to their is_success, for the statistics. Nothing in here
+    is sampled with replacement and nothing is normalised before :meth:`finish`.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class GroupRolloutBuffer:
         self._rewards: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._groups: dict[int, int] = {}
+        self.successes: dict[int, bool] = {}
         self.samples: GroupRolloutSamples | None = None
 
     def start_episode(self, episode: int, group: int) -> None:
@@ -93,7 +95,7 @@ class GroupRolloutBuffer:
             self._observations.append({key: np.array(value) for key, value in observations.items()})
         else:
             self._observations.append(np.array(observations))
-        self._chains.append(chain)
+        self._chains.append(chain.to("cpu"))
         self._episodes.append(np.array(episodes))
         self._steps.append(np.array(steps))
         self._rewards.append(np.array(rewards, dtype=np.float64))
@@ -112,11 +114,13 @@ class GroupRolloutBuffer:
         """Compute group-relative advantages and keep the rows that carry any signal in :attr:`samples`.
 
         :param gamma: discount of rewards
-        :param advantage: "episode": the discounted return of the episode, compared over the episodes of its group and given to all its
-            steps; "step": the discounted return from each step on, compared over the group at the same step number
+        :param advantage: "episode": the discounted return of the episode, compared over the episodes of its group and
+            given to all its steps; "step": the discounted return from each step on, compared over the group at the
+            same step number
         :param eps: see :func:`fagrpo.advantages.group_advantages`
         :param drop_episodes: episodes to leave out (cut off by the end of the collection)
-        :return: return_mean, group_return_std (mean over groups), informative_groups, groups
+        :return: return_mean, group_success_std (mean over groups of the std of is_success, or of returns where the
+            environment reports no success), informative_groups, groups
         :raises ValueError: an unknown kind of advantage, or an empty buffer
         """
         if advantage not in ADVANTAGES:
@@ -155,13 +159,14 @@ class GroupRolloutBuffer:
             row_advantages[torch.from_numpy(row_kept)] = values.float()
             row_mask[row_kept] = mask.numpy()
 
-        spreads = [returns[kept & (groups == group)].std() for group in np.unique(groups[kept])]
+        outcomes = np.array([self.successes.get(int(name), value) for name, value in zip(names, returns, strict=True)])
+        spreads = [outcomes[kept & (groups == group)].std() for group in np.unique(groups[kept])]
         index = torch.from_numpy(np.flatnonzero(row_mask))
         self._keep(index, row_advantages.float())
         informative = np.unique(groups[row_episode[row_mask]])
         return {
             "return_mean": float(returns[kept].mean()) if kept.any() else float("nan"),
-            "group_return_std": float(np.mean(spreads)) if spreads else float("nan"),
+            "group_success_std": float(np.mean(spreads)) if spreads else float("nan"),
             "informative_groups": float(len(informative)),
             "groups": float(len(spreads)),
         }
@@ -177,16 +182,7 @@ class GroupRolloutBuffer:
             }
         else:
             observations = torch.from_numpy(np.concatenate(self._observations)[rows])  # type: ignore[arg-type]
-        reference = self._chains[0]
-        chain = FlowChain(
-            states=torch.cat([chain.states for chain in self._chains], dim=1)[:, index],
-            times=reference.times,
-            means=torch.cat([chain.means for chain in self._chains], dim=1)[:, index],
-            stds=reference.stds,
-            log_probs=torch.cat([chain.log_probs for chain in self._chains], dim=1)[:, index],
-            noise_level=reference.noise_level,
-            schedule=reference.schedule,
-        )
+        chain = FlowChain.concatenate(self._chains).rows(index)
         mask = torch.from_numpy(np.concatenate(self._masks)[rows])
         self.samples = GroupRolloutSamples(observations, chain, advantages[index], mask)
         self._observations, self._chains, self._masks = [], [], []
@@ -210,18 +206,9 @@ class GroupRolloutBuffer:
                 observations = {key: value[index].to(device) for key, value in samples.observations.items()}
             else:
                 observations = samples.observations[index].to(device)
-            chain = samples.chain.rows(index)
             yield GroupRolloutSamples(
                 observations,
-                FlowChain(
-                    states=chain.states.to(device),
-                    times=chain.times,
-                    means=chain.means.to(device),
-                    stds=chain.stds.to(device),
-                    log_probs=chain.log_probs.to(device),
-                    noise_level=chain.noise_level,
-                    schedule=chain.schedule,
-                ),
+                samples.chain.rows(index).to(device),
                 samples.advantages[index].to(device),
                 samples.action_mask[index].to(device),
             )

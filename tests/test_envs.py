@@ -22,10 +22,9 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import prophet_gym
-from prophet_gym.envs import models
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.envs.single_env import ProphetEnv
-from prophet_gym.envs.start_states import StartState, write_start_states
+from prophet_gym.envs.start_states import StartState, start_states_from_env, write_start_states
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.world_model.pipeline import ProphetPipeline
@@ -112,7 +111,7 @@ def fake(starts: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Paths of an untrained world model and reward model of the real classes."""
     folder = tmp_path_factory.mktemp("weights")
     ProphetPipeline.tiny_random(seed=0).save_pretrained(folder / "world")
@@ -121,7 +120,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def real(starts: str, saved: dict[str, str]) -> dict[str, Any]:
+def real(starts: str, saved: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an env on the real model classes, untrained, by path."""
     return {"start_states": starts, **saved}
 
@@ -156,7 +155,7 @@ def test_make_vec(real: dict[str, Any]) -> None:
     assert isinstance(envs, ProphetVectorEnv) and envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     obs, infos = envs.reset(seed=0)
     assert obs in envs.observation_space and len(infos["instruction"]) == 64
-    for obs, *_, infos in rollout(envs, 3):
+    for obs, *_ in rollout(envs, 3):
         assert obs in envs.observation_space
     envs.close()
 
@@ -267,11 +266,11 @@ def test_probability_rewards_sum_to_the_increase(fake: dict[str, Any]) -> None:
     )
     _, infos = envs.reset(seed=0)
     first, total = infos["success_probability"], np.zeros(8)
-    for _, rewards, terminated, truncated, infos in rollout(envs, 4):
-        total += rewards
-        assert not terminated.any()
-    assert truncated.all()
-    np.testing.assert_allclose(total, infos["success_probability"] - first)
+    for step in rollout(envs, 4):
+        total += step[1]
+        assert not step[2].any()
+    assert step[3].all()
+    np.testing.assert_allclose(total, step[4]["success_probability"] - first)
 
 
 def test_infos_and_clips_show_the_whole_video(fake: dict[str, Any]) -> None:
@@ -312,7 +311,7 @@ def test_a_video_does_not_depend_on_the_envs_beside_it(real: dict[str, Any], num
 
     alone, beside = video(1, 0).astype(int), video(num_envs, num_envs - 1).astype(int)
     assert alone.shape == (9, 96, 96, 3) and np.ptp(alone[1:] - alone[0]) > 0
-    # The noise is the same bit for bit; a batched float32 product rounds differently, which may move a pixel by one level.
+    # The noise is the same bit for bit; a batched float32 product may round differently, and a pixel move by one level.
     assert np.abs(alone - beside).max() <= 1
 
 
@@ -538,6 +537,26 @@ def test_sb3_algorithms_train_save_and_load(fake: dict[str, Any], tmp_path: Path
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
 
 
+# --- beside the real simulator ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.libero
+def test_a_policy_and_a_seed_move_between_the_real_and_the_imagined_env(fake: dict[str, Any], tmp_path: Path) -> None:
+    real_env = gym.make("LIBERO-v0", task=0, split="val")
+    write_start_states(start_states_from_env(real_env, [0], range(40, 45)), tmp_path / "starts.parquet")
+    imagined = ProphetEnv(**{**fake, "start_states": tmp_path / "starts.parquet"}, task=0, split="val")
+    assert imagined.observation_space == real_env.observation_space
+    assert imagined.action_space == real_env.action_space
+    for seed in (0, None, None, 1):
+        (obs, info), (real_obs, real_info) = imagined.reset(seed=seed), real_env.reset(seed=seed)
+        assert data_equivalence(obs, real_obs, exact=True)
+        assert info.keys() == real_info.keys() and info["init_state"] == real_info["init_state"]
+        assert info["instruction"] == real_info["instruction"]
+    action = np.zeros((8, 7), np.float32)
+    assert imagined.step(action)[4].keys() == real_env.step(action)[4].keys()
+    real_env.close()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -623,6 +642,7 @@ def test_step_before_reset(fake: dict[str, Any]) -> None:
         ),
         ({"reward_model": "nobody"}, FileNotFoundError, "No reward model 'nobody'"),
         ({"device": "cpu"}, ValueError, "call its .to"),
+        ({"dtype": "bfloat16"}, ValueError, "call its .to"),
         ({"start_states": "nowhere.parquet"}, FileNotFoundError, "nowhere.parquet"),
     ],
 )
@@ -647,7 +667,7 @@ def test_a_typo_in_an_argument_is_an_error(fake: dict[str, Any]) -> None:
     ("arguments", "message"),
     [({"dtype": "float8"}, "Unknown dtype 'float8'. Valid"), ({"device": "gpu"}, "Unknown device 'gpu'")],
 )
-def test_bad_placement(real: dict[str, Any], arguments: dict[str, str], message: str) -> None:
+def test_bad_placement(real: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProphetEnv(**real, **arguments)
 
@@ -678,7 +698,7 @@ def test_a_world_model_that_returns_nan_is_not_believed(fake: dict[str, Any]) ->
 @pytest.mark.parametrize("kind", ["world_model", "reward_model"])
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
 def test_damaged_weights_are_refused_by_name(
-    starts: str, saved: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
+    starts: str, saved: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
 ) -> None:
     source, copy = Path(saved[kind]), tmp_path / "copy"
     for file in source.rglob("*"):
@@ -698,7 +718,7 @@ def test_damaged_weights_are_refused_by_name(
         ProphetEnv(start_states=starts, **{**saved, kind: str(copy)})
 
 
-def test_a_folder_without_a_model(starts: str, saved: dict[str, str], tmp_path: Path) -> None:
+def test_a_folder_without_a_model(starts: str, saved: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not a saved world model: it lacks model_index\.json"):
         ProphetEnv(start_states=starts, **{**saved, "world_model": str(tmp_path)})
 
@@ -706,7 +726,7 @@ def test_a_folder_without_a_model(starts: str, saved: dict[str, str], tmp_path: 
 def test_models_are_loaded_once_per_process(real: dict[str, Any]) -> None:
     first, second = ProphetEnv(**real).envs, ProphetVectorEnv(num_envs=2, **real)
     assert first.world_model is second.world_model and first.reward_model is second.reward_model
-    assert models.resolve_world_model(real["world_model"], "cpu", "bfloat16") is not first.world_model
+    assert ProphetEnv(**real, dtype="bfloat16").envs.world_model is not first.world_model
 
 
 def test_any_dtype(real: dict[str, Any]) -> None:

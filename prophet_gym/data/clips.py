@@ -1,6 +1,6 @@
 """Training windows for the world model: all frames of a split in memory, and random clips as indices into them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,36 +37,47 @@ class EpisodeArrays:
 
 
 def load_arrays(
-    dataset: EpisodeDataset, split: str | None, *, num_threads: int = 2, progress: bool = True
+    datasets: EpisodeDataset | Sequence[EpisodeDataset],
+    split: str | None,
+    *,
+    num_threads: int = 2,
+    progress: bool = True,
 ) -> EpisodeArrays:
     """Read and decode all episodes of a split into memory: 1.1 GB per 1,000 episodes of 41 frames of 96 x 96.
 
-    :param dataset: where the episodes are.
-    :param split: ``"train"``, ``"val"``, ``"test"``, or ``None`` for all that ``dataset`` holds.
+    :param datasets: where the episodes are: one data set, or several of the same frame rate, stride and size.
+    :param split: ``"train"``, ``"val"``, ``"test"``, or ``None`` for all that the data sets hold.
     :param num_threads: episodes decoded at a time.
     :param progress: show a progress bar.
-    :raises ValueError: the split does not exist or is empty, or its episodes have frames of different sizes.
+    :raises ValueError: the split does not exist or is empty, or the episodes differ in frame rate, stride or size.
     """
-    chosen = dataset if split is None else dataset.select(split=split)
-    if len(chosen) == 0:
-        raise ValueError(f"{dataset.root} has no episode of split {split!r} among those selected.")
-    lengths = np.array([record.length for record in chosen.records])
+    given = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
+    rates = {str(dataset.root): (dataset.fps, dataset.frame_stride) for dataset in given}
+    if len(set(rates.values())) > 1:
+        raise ValueError(f"The data sets must have the same (fps, frame_stride), got {rates}: load them separately.")
+    chosen = given if split is None else [dataset.select(split=split) for dataset in given]
+    sources = [(dataset, index) for dataset in chosen for index in range(len(dataset))]
+    if not sources:
+        raise ValueError(f"No episode of split {split!r} is in {[str(dataset.root) for dataset in given]}.")
+    records = tuple(record for dataset in chosen for record in dataset.records)
+    lengths = np.array([record.length for record in records])
     starts = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
-    first = chosen[0]
+    first = sources[0][0][sources[0][1]]
     frames = np.empty((total, *first.frames.shape[1:]), np.uint8)
     proprio = np.empty((total, first.proprio.shape[1]), np.float32)
     actions = np.zeros((total, *first.actions.shape[1:]), np.float32)
     success = np.empty(total, np.bool_)
 
-    def load(index: int) -> None:
-        episode = chosen[index]
+    def load(number: int) -> None:
+        dataset, index = sources[number]
+        episode = dataset[index]
         if episode.frames.shape[1:] != first.frames.shape[1:]:
             raise ValueError(
-                f"Episode {chosen.records[index].episode_index} of {dataset.root} has frames of shape "
-                f"{episode.frames.shape[1:]}, the others {first.frames.shape[1:]}: load them separately."
+                f"Episode {records[number].episode_index} of {dataset.root} has frames of shape "
+                f"{episode.frames.shape[1:]}, the first one {first.frames.shape[1:]}: load them separately."
             )
-        rows = slice(starts[index], starts[index] + lengths[index])
+        rows = slice(starts[number], starts[number] + lengths[number])
         frames[rows] = episode.frames
         proprio[rows] = episode.proprio
         actions[rows][:-1] = episode.actions
@@ -74,8 +85,8 @@ def load_arrays(
         success[rows] = episode.success
 
     with ThreadPoolExecutor(num_threads) as pool:
-        loaded = pool.map(load, range(len(chosen)))
-        for _ in tqdm(loaded, "loading episodes", len(chosen), unit="episode", disable=not progress):
+        loaded = pool.map(load, range(len(sources)))
+        for _ in tqdm(loaded, "loading episodes", len(sources), unit="episode", disable=not progress):
             pass
     return EpisodeArrays(
         frames=torch.from_numpy(frames),
@@ -84,7 +95,7 @@ def load_arrays(
         success=torch.from_numpy(success),
         starts=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
-        records=chosen.records,
+        records=records,
     )
 
 

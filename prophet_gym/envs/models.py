@@ -1,4 +1,4 @@
-"""Which world model and which reward model an environment uses: by name, by path or by object, loaded once per process."""
+"""Which models an environment uses: by name, by path or by object, loaded once per process."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -58,69 +58,80 @@ class WorldModel(Protocol):
         """What happens during one chunk of actions float32 (B, chunk_size, action_dim), from proprio float32 (B, 8)."""
 
 
-def resolve_world_model(world_model: str | Path | WorldModel, device: str, dtype: str) -> WorldModel:
-    """The world model itself, from its name in the wheel, a path saved by ``save_pretrained``, or itself.
+def resolve_models(
+    world_model: str | Path | WorldModel, reward_model: str | Path | RewardModel, device: str, dtype: str
+) -> tuple[WorldModel, RewardModel]:
+    """The models themselves, each from its name in the wheel, a path written by ``save_pretrained``, or itself.
 
+    :param device: of models given by name or path: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda:0"`` ...
+    :param dtype: of a world model given by name or path: ``"auto"`` (float32) or one of :data:`DTYPES`.
     :raises FileNotFoundError: no such name or path.
-    :raises ValueError: damaged weights, or an unknown device or dtype.
-    :raises TypeError: an object without the methods of :class:`WorldModel`.
+    :raises ValueError: damaged weights, an unknown device or dtype, or one for a model that is given as an object.
+    :raises TypeError: an object that lacks what :class:`WorldModel` or ``RewardModel`` has.
     """
-    if isinstance(world_model, str | Path):
-        return _load_world_model(
-            _checkpoint(world_model, "world model", "model_index.json"), *_placement(device, dtype)
+    by_name = isinstance(world_model, str | Path), isinstance(reward_model, str | Path)
+    if (device != "auto" and not any(by_name)) or (dtype != "auto" and not by_name[0]):
+        raise ValueError(
+            "device and dtype place a model that is loaded by name or path. A model object stays as it is: leave them "
+            "out and call its .to()."
         )
-    return _checked_object(
-        world_model, ("init_history", "imagine", "chunk_size", "chunk_frames", "image_size"), device, dtype
-    )
-
-
-def resolve_reward_model(reward_model: str | Path | RewardModel, device: str, dtype: str) -> RewardModel:
-    """The reward model itself, from its name in the wheel, a path saved by ``save_pretrained``, or itself.
-
-    :raises FileNotFoundError, ValueError, TypeError: as :func:`resolve_world_model`.
-    """
+    world: Any = world_model
+    if isinstance(world_model, str | Path):
+        folder = _checkpoint(world_model, "world model", "model_index.json")
+        world = _load_world_model(folder, _device(device), _dtype(dtype))
+    reward: Any = reward_model
     if isinstance(reward_model, str | Path):
-        return _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), *_placement(device, dtype))
-    return _checked_object(reward_model, ("score", "threshold"), device, dtype)
+        reward = _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), _device(device))
+    for model, needs in (
+        (world, ("init_history", "imagine", "chunk_size", "chunk_frames", "image_size", "action_dim")),
+        (reward, ("score", "threshold")),
+    ):
+        if missing := [name for name in needs if not hasattr(model, name)]:
+            raise TypeError(
+                f"{type(model).__name__} cannot be used here: it has no {missing}. "
+                "Pass a name, a path or a model that has them."
+            )
+    return world, reward
 
 
 @lru_cache(maxsize=4)
-def _load_world_model(path: Path, device: str, dtype: str) -> WorldModel:
+def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> WorldModel:
     from prophet_gym.world_model.pipeline import ProphetPipeline
 
     _check_weights(path)
-    pipeline = ProphetPipeline.from_pretrained(
-        path, torch_dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-    )
-    return pipeline.to(device)
+    pipeline = ProphetPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    pipeline.to(device)
+    if dtype is not torch.float32:  # proprioception stays in float32: bfloat16 would round it to millimetres
+        pipeline.vae.to(dtype)
+        pipeline.transformer.to(dtype)
+    return pipeline
 
 
 @lru_cache(maxsize=4)
-def _load_reward_model(path: Path, device: str, dtype: str) -> RewardModel:
+def _load_reward_model(path: Path, device: str) -> RewardModel:
     from prophet_gym.reward.success_classifier import SuccessClassifier
 
     _check_weights(path)
-    model = SuccessClassifier.from_pretrained(
-        path, torch_dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
-    )
+    model = SuccessClassifier.from_pretrained(path, use_safetensors=True, local_files_only=True)
     return model.to(device).eval()
 
 
-def _placement(device: str, dtype: str) -> tuple[str, str]:
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    if name == "auto":
-        name = "float32"
-    if name not in DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}. Valid: {['auto', *DTYPES]}.")
+def _device(device: str) -> str:
     if device == "auto":
-        return ("cuda" if torch.cuda.is_available() else "cpu"), name
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ValueError(f"Unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but this torch finds no CUDA device: use device='cpu'.")
-    return str(device), name
+    return device
+
+
+def _dtype(dtype: str) -> torch.dtype:
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"Unknown dtype {dtype!r}. Valid: {['auto', *DTYPES]}.")
+    return DTYPES.get(dtype, torch.float32)
 
 
 def _checkpoint(name: str | Path, kind: str, index: str) -> Path:
@@ -130,8 +141,8 @@ def _checkpoint(name: str | Path, kind: str, index: str) -> Path:
     if not path.is_dir():
         names = sorted(folder.name for folder in WEIGHTS.glob("*") if (folder / index).is_file())
         raise FileNotFoundError(
-            f"No {kind} {str(name)!r}: it is neither a folder nor one of the shipped names {names}. Nothing is downloaded: "
-            "pass a name, the path of a folder written by save_pretrained, or the model itself."
+            f"No {kind} {str(name)!r}: it is neither a folder nor one of the shipped names {names}. Nothing is "
+            "downloaded: pass a name, the path of a folder written by save_pretrained, or the model itself."
         )
     if not (path / index).is_file():
         raise FileNotFoundError(f"{path} is not a saved {kind}: it lacks {index}. Save one with save_pretrained.")
@@ -152,16 +163,3 @@ def _check_weights(path: Path) -> None:
             raise ValueError(
                 f"The weights file {file} is damaged or truncated ({error}): download or train it again."
             ) from error
-
-
-def _checked_object(model: Any, needs: tuple[str, ...], device: str, dtype: str) -> Any:
-    missing = [name for name in needs if not hasattr(model, name)]
-    if missing:
-        raise TypeError(
-            f"{type(model).__name__} cannot be used here: it has no {missing}. Pass a name, a path or a model with them."
-        )
-    if (device, dtype) != ("auto", "auto"):
-        raise ValueError(
-            "device and dtype place a model that is loaded by name: a model object stays as it is, call its .to() instead."
-        )
-    return model

@@ -22,8 +22,9 @@ class ProphetVecEnv(VecEnv):
         envs = gym.make_vec("Prophet-LIBERO-v0", num_envs=64, autoreset_mode="SameStep")
         venv = VecMonitor(ProphetVecEnv(envs), info_keywords=("is_success",))
 
-    ``seed()`` and ``set_options()`` act at the next ``reset()`` and only there. Envs that get equal seeds have the same start
-    and the same noise; ``set_options({"group_size": G})`` gives groups of G neighbours one start and different noise.
+    ``seed()`` and ``set_options()`` act at the next ``reset()`` and only there. Envs that get equal seeds have the same
+    start and the same noise; ``set_options({"group_size": G})`` gives groups of G neighbours one start and different
+    noise.
 
     :param envs: must autoreset in the same step, as Stable-Baselines3 does.
     :raises TypeError: not a ProphetVectorEnv.
@@ -35,8 +36,8 @@ class ProphetVecEnv(VecEnv):
             raise TypeError(f"ProphetVecEnv wraps an unwrapped ProphetVectorEnv, got {type(envs).__name__}.")
         if envs.autoreset_mode is not AutoresetMode.SAME_STEP:
             raise ValueError(
-                f"Stable-Baselines3 resets in the step that ends an episode, this env's autoreset_mode is {envs.autoreset_mode.value!r}: "
-                'make it with autoreset_mode="SameStep".'
+                "Stable-Baselines3 resets in the step that ends an episode, and this env's autoreset_mode is "
+                f'{envs.autoreset_mode.value!r}: make it with autoreset_mode="SameStep".'
             )
         self.envs = envs
         self._attributes: list[dict[str, Any]] = [{} for _ in range(envs.num_envs)]  # what set_attr() has added
@@ -119,8 +120,8 @@ class ProphetVecEnv(VecEnv):
             return self.get_attr(method_args[0], chosen)
         if method_name not in ("render", "clip"):
             raise AttributeError(
-                f"No per-env method {method_name!r}: the envs step together. Valid: ['clip', 'get_wrapper_attr', 'render']. "
-                "For the whole batch call ProphetVecEnv.envs, e.g. .envs.get_state()."
+                f"No per-env method {method_name!r}: the envs step together. Valid: ['clip', 'get_wrapper_attr', "
+                "'render']. For the whole batch call ProphetVecEnv.envs, e.g. .envs.get_state()."
             )
         results = self.get_images() if method_name == "render" else self.envs.clips()
         return [results[i] for i in chosen]

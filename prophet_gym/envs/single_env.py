@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,10 +19,10 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     r"""A Franka Panda on a LIBERO table, imagined by a learned world model instead of simulated.
 
     ## Description
-    The env begins from a recorded start of a LIBERO task and lets Prophet, an action-conditioned video model, imagine what
-    the camera would see while the robot executes chunks of low-level actions. A learned reward model watches the imagined
-    video and says when the task is solved. Nothing is simulated: no MuJoCo, no assets. The same spaces belong to the real
-    simulator, ``LIBERO-v0``, so that a policy moves between the two unchanged.
+    The env begins from a recorded start of a LIBERO task and lets Prophet, an action-conditioned video model, imagine
+    what the camera would see while the robot executes chunks of low-level actions. A learned reward model watches the
+    imagined video and says when the task is solved. Nothing is simulated: no MuJoCo, no assets. The same spaces belong
+    to the real simulator, ``LIBERO-v0``, so that a policy moves between the two unchanged.
 
     A success here is the reward model's opinion of an imagined video. Confirm it in ``LIBERO-v0`` before you report it.
 
@@ -32,8 +32,11 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     | Key | Space | Meaning |
     |---|---|---|
     | `image` | `Box(0, 255, (96, 96, 3), uint8)` | newest frame of the agentview camera, upright RGB |
-    | `proprio` | `Box(-10, 10, (8,), float32)` | end-effector position (3, m, world), orientation as axis-angle (3, rad), gripper fingers (2, m): Prophet's own estimate after the start |
-    | `instruction` | `Box(-1, 1, (384,), float32)` | sentence embedding (all-MiniLM-L6-v2) of the task; the text is in `info` |
+    | `proprio` | `Box(-10, 10, (8,), float32)` | state of the arm; after the start, Prophet's own estimate |
+    | `instruction` | `Box(-1, 1, (384,), float32)` | sentence embedding (all-MiniLM-L6-v2) of the task |
+
+    `proprio` is the end-effector's position (3, metres, world), its orientation as axis-angle (3, radians) and the
+    positions of the gripper fingers (2, metres).
 
     ## Action space
     `Box(-1, 1, (8, 7), float32)`: a chunk of 8 low-level actions at 20 Hz (0.4 s) in LIBERO's OSC_POSE convention.
@@ -44,31 +47,32 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     | 3-5 | goal rotation, axis-angle in the world frame | 0.5 rad |
     | 6 | gripper: +1 closes, -1 opens | |
 
-    Actions that are not finite, beyond the bounds by more than 1e-6 or of another shape raise ``ValueError``: nothing is
-    clipped.
+    Actions that are not finite, beyond the bounds by more than 1e-6 or of another shape raise ``ValueError``: nothing
+    is clipped.
 
     ## Rewards
     - `reward_type="sparse"` (default): 1.0 in the step in which the reward model sees success, else 0.0.
-    - `reward_type="probability"`: the success probability after the step minus that before it. The rewards of an episode sum
-      to its final minus its initial probability (potential-based shaping, Ng et al. 1999, with discount 1).
+    - `reward_type="probability"`: the success probability after the step minus that before it. The rewards of an
+      episode sum to its final minus its initial probability (potential-based shaping, Ng et al. 1999, discount 1).
 
     ## Starting state
     A recorded first frame, proprioception and instruction of one of the official initial states: of each task's 50, the
-    split `train` has 0-39, `val` 40-44, `test` 45-49. At each reset the task is drawn first (unless given), then the initial
-    state. ``reset(options=...)`` takes `suite`, `task` and `init_state`, or `start`: your own
-    ``{"image": uint8 (S, S, 3) of any size S, "proprio": float (8,), "instruction": str}`` (`info["suite"]` is then `"user"`,
-    `task` and `init_state` are -1). The same seed and the same actions give the same video.
+    split `train` has 0-39, `val` 40-44, `test` 45-49. At each reset the task is drawn first (unless given), then the
+    initial state. ``reset(options=...)`` takes `suite`, `task` and `init_state`; or `start`, your own
+    ``{"image": uint8 (S, S, 3) of any size S, "proprio": float (8,), "instruction": str}``, with `info["suite"]` then
+    `"user"`, `task` and `init_state` -1. The same seed and the same actions give the same video.
 
     ## Episode end
     1. Termination: the reward model's success probability reaches its threshold at the end of a chunk.
     2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s).
 
-    `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability`, `is_success`, `seed` (of the env's random
-    stream; drawn if you gave none), and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5 frames per second.
+    `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability`, `is_success`, `seed` (of the env's
+    random stream; drawn if you gave none), and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5
+    frames per second.
 
     ## Arguments
-    `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`, `device`,
-    `dtype`, `start_states` and `render_mode`: see :class:`ProphetVectorEnv`.
+    `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`,
+    `device`, `dtype`, `start_states` and `render_mode`: see :class:`ProphetVectorEnv`.
 
     ```python
     >>> import gymnasium as gym
@@ -82,7 +86,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     * v0: first version (0.1.0).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": ["rgb_array"],
         "render_fps": ProphetVectorEnv.metadata["render_fps"],
     }
@@ -126,7 +130,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin a new episode; see "Starting state" above for the options, :meth:`ProphetVectorEnv.reset` for the errors."""
+        """Begin a new episode; options: "Starting state" above, errors: :meth:`ProphetVectorEnv.reset`."""
         obs, infos = self.envs.reset(seed=[seed], options=[options or {}])
         self._np_random, self._np_random_seed = self.envs.np_random[0], self.envs.np_random_seed[0]
         return _first(obs), _first(infos)

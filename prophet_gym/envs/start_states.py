@@ -1,4 +1,4 @@
-"""Where an episode begins: a table of recorded starts, a user's own start, and what ``reset(options=...)`` may ask for."""
+"""Where an episode begins: recorded starts, a user's own start, and what ``reset(options=...)`` may ask for."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -158,8 +159,8 @@ class StartStates:
             init_state = states[int(np_random.integers(len(states)))]
         elif init_state not in rows or isinstance(init_state, bool):
             raise ValueError(
-                f"Unknown init_state {init_state!r} of task {number} of {suite!r} in the split {split!r}. Valid: {sorted(rows)}. "
-                f"Other initial states belong to other splits: make the env with one of split={list(SPLITS)}."
+                f"Unknown init_state {init_state!r} of task {number} of {suite!r} in the split {split!r}. "
+                f"Valid: {sorted(rows)}. Others belong to other splits: make the env with one of split={list(SPLITS)}."
             )
         row = self._rows[rows[init_state]]
         return StartState(
@@ -223,10 +224,10 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
         raise ValueError(f"start['image'] must have shape (S, S, 3) per env (RGB, channels last), got {pixels.shape}.")
     height, width = pixels.shape[:2]
     if height != width:
-        side = min(height, width)
+        short, long = sorted((height, width))
         raise ValueError(
-            f"start['image'] must be square, got {height} x {width} pixels. Nothing is cropped for you, because that would move "
-            f"the camera: crop to {side} x {side} or pad to {max(height, width)} x {max(height, width)} yourself."
+            f"start['image'] must be square, got {height} x {width} pixels. Nothing is cropped for you, because that "
+            f"would move the camera: crop to {short} x {short} or pad to {long} x {long} yourself."
         )
     if height != image_size:
         method = Image.Resampling.BOX if height > image_size else Image.Resampling.BICUBIC
@@ -234,8 +235,8 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
     state = np.asarray(proprio)
     if state.shape != (PROPRIO_DIM,) or not np.issubdtype(state.dtype, np.floating):
         raise ValueError(
-            f"start['proprio'] must be a float array of shape ({PROPRIO_DIM},) per env: end-effector position (3, m), axis-angle "
-            f"(3, rad), gripper fingers (2, m). Got {state.dtype} {state.shape}."
+            f"start['proprio'] must be a float array of shape ({PROPRIO_DIM},) per env: end-effector position (3, m), "
+            f"axis-angle (3, rad), gripper fingers (2, m). Got {state.dtype} {state.shape}."
         )
     if not np.isfinite(state).all():
         raise ValueError(f"start['proprio'] must be finite, got {state}.")
@@ -252,8 +253,8 @@ class ResetRequest:
 
     :param mask: bool (num_envs,), the envs to reset.
     :param group_size: envs ``i * group_size ... (i + 1) * group_size - 1`` share one start.
-    :param per_env: for each env ``{"suite", "task", "init_state"}`` or ``{"start": {"image", "proprio", "instruction"}}``,
-        each key optional.
+    :param per_env: for each env any of ``{"suite", "task", "init_state"}``, or
+        ``{"start": {"image", "proprio", "instruction"}}``.
     """
 
     mask: NDArray[np.bool_]
@@ -414,10 +415,45 @@ def _decode_png(data: bytes, where: str) -> NDArray[np.uint8]:
         raise ValueError(f"{where}: the image is not a readable PNG ({error}).") from error
 
 
+def start_states_from_env(env: gym.Env[Any, Any], tasks: Iterable[int], init_states: Iterable[int]) -> list[StartState]:
+    """One start per task and initial state, by resetting an environment of the real simulator to each.
+
+        env = gym.make("LIBERO-v0", suite="libero_object", split="val").unwrapped
+        starts = start_states_from_env(env, range(10), range(40, 45))
+
+    :param env: has ``split``, takes the reset options ``task`` and ``init_state``, observes ``image`` and ``proprio``,
+        and gives ``suite`` and ``instruction`` in its infos, as ``LiberoEnv`` does.
+    :return: starts in the order of tasks, then init_states.
+    """
+    starts = []
+    states = list(init_states)
+    for task in tasks:
+        for init_state in states:
+            obs, info = env.reset(seed=0, options={"task": task, "init_state": init_state})
+            starts.append(
+                StartState(
+                    suite=info["suite"],
+                    task=task,
+                    task_name=_snake_case(info["instruction"]),
+                    instruction=info["instruction"],
+                    init_state=init_state,
+                    split=env.get_wrapper_attr("split"),
+                    proprio=obs["proprio"],
+                    image=obs["image"],
+                )
+            )
+    return starts
+
+
+def _snake_case(instruction: str) -> str:
+    return instruction.lower().replace(" ", "_")
+
+
 def start_states_from_episodes(datasets: Iterable[Iterable[Episode]]) -> list[StartState]:
     """One start per (suite, task, init_state): the first frame of the first clean episode that began there.
 
-    Noisy and counterfactual episodes are left out, because a recorder may move the robot before them.
+    Give it recordings that begin in the initial states as they are: a recorder that moves objects or the arm before the
+    first frame leaves no trace in its episodes (for LIBERO see :func:`start_states_from_env`).
 
     :param datasets: data sets of episodes, e.g. ``EpisodeDataset`` objects.
     :return: starts sorted by suite, task and init_state.
@@ -430,7 +466,7 @@ def start_states_from_episodes(datasets: Iterable[Iterable[Episode]]) -> list[St
                 starts[key] = StartState(
                     suite=episode.suite,
                     task=episode.task,
-                    task_name=episode.instruction.lower().replace(" ", "_"),
+                    task_name=_snake_case(episode.instruction),
                     instruction=episode.instruction,
                     init_state=episode.init_state,
                     split=episode.split,

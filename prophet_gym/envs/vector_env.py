@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM
 from prophet_gym.data.instructions import EMBEDDING_DIM
-from prophet_gym.envs.models import WorldModel, resolve_reward_model, resolve_world_model
+from prophet_gym.envs.models import WorldModel, resolve_models
 from prophet_gym.envs.start_states import ResetRequest, StartState, instruction_embedding, load_start_states, user_start
 from prophet_gym.reward.base import RewardModel
 
@@ -32,9 +32,10 @@ _STATE = ("_history", "_proprio", "_embeddings", "_lengths", "_probability", "_d
 class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
     """Prophet-LIBERO as a native vector environment; see :class:`ProphetEnv` for the task itself.
 
-    Every env has its own random streams (``np_random[i]`` for starts, a ``torch.Generator`` seeded from it for the world
-    model's noise), so that a seed and a sequence of actions give the same video whatever the other envs do. It behaves as
-    ``SyncVectorEnv`` over :class:`ProphetEnv`, in all three autoreset modes, and is much faster.
+    Every env has its own random streams (``np_random[i]`` for starts, a ``torch.Generator`` seeded from it for the
+    world model's noise), so that a seed and a sequence of actions give the same video whatever the other envs do (up
+    to the rounding of batched float32 products: at most one grey level here and there). It behaves as ``SyncVectorEnv``
+    over :class:`ProphetEnv` in all three autoreset modes.
 
     :param num_envs: number of robots imagined side by side.
     :param suite: task suite, one of those with recorded starts, e.g. ``"libero_object"`` or ``"libero_spatial"``.
@@ -43,11 +44,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param max_chunks: an episode is truncated after this many steps (20: 160 control steps, 8 s at 20 Hz).
     :param world_model: name of a checkpoint in the wheel, path of one, or a ``ProphetPipeline``.
     :param reward_model: likewise; or any object with ``score`` and ``threshold``.
-    :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success probability
-        during the step, so that the rewards of an episode sum to its final minus its initial probability.
+    :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success
+        probability during the step, so that the rewards of an episode sum to its final minus its initial probability.
     :param num_sampling_steps: denoising steps per chunk; None is the world model's own default.
     :param device: of models given by name or path: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda:0"`` ...
-    :param dtype: likewise: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    :param dtype: of a world model given by name or path: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or
+        ``"float16"``. Its proprioception and the reward model keep float32.
     :param start_states: parquet file of start states; None is the one in the wheel.
     :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
     :param render_mode: None or ``"rgb_array"``.
@@ -55,7 +57,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :raises FileNotFoundError: no such model or start states.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": ["rgb_array"],
         "render_fps": 2.5,  # one frame per step() of 8 control steps at 20 Hz; info["frames"] holds the rest, at 5 fps
         "autoreset_mode": AutoresetMode.NEXT_STEP,
@@ -99,8 +101,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self.suite, self.split = suite, split
         self.task = None if task is None else self.start_states.task_number(suite, split, task)
         self.start_states.tasks(suite, split)
-        self.world_model = resolve_world_model(world_model, device, dtype)
-        self.reward_model = resolve_reward_model(reward_model, device, dtype)
+        self.world_model, self.reward_model = resolve_models(world_model, reward_model, device, dtype)
         self.reward_type, self.max_chunks, self.num_sampling_steps = reward_type, max_chunks, num_sampling_steps
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -109,8 +110,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         size = self.world_model.image_size
         if self.start_states.image_size != size:
             raise ValueError(
-                f"{self.start_states.path} holds images of {self.start_states.image_size} pixels a side and this world model "
-                f"works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
+                f"{self.start_states.path} holds images of {self.start_states.image_size} pixels a side and this world "
+                f"model works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
             )
         self.num_envs = num_envs
         self.single_observation_space = gym.spaces.Dict(
@@ -157,18 +158,19 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin new episodes.
 
-        :param seed: an int (env i gets ``seed + i``), one int or None per env, or None: the random streams go on. Envs with
-            equal seeds get the same start and the same noise.
+        :param seed: an int (env i gets ``seed + i``), one int or None per env, or None: the random streams go on. Envs
+            with equal seeds get the same start and the same noise.
         :param options: a dict, or a list with one dict of :class:`ProphetEnv`'s options per env. Of the dict
 
-            - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed, drawn).
-            - ``group_size``: G; envs ``i * G ... (i + 1) * G - 1`` share one start, drawn by the first of them. Their noise
-              differs. It holds for the episodes that begin now; an autoreset draws for itself.
+            - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed,
+              or drawn).
+            - ``group_size``: G; envs ``i * G ... (i + 1) * G - 1`` share one start, drawn by the first of them. Their
+              noise differs. It holds for the episodes that begin now; an autoreset draws for itself.
             - ``start``: ``{"image", "proprio", "instruction"}`` with one entry per env, your own start: see
               :func:`~prophet_gym.envs.start_states.user_start`.
-            - ``reset_mask``: bool (num_envs,), the envs to reset; the others go on. ``seed`` still has num_envs entries.
+            - ``reset_mask``: bool (num_envs,), the envs to reset; the others go on.
         :return: observations and infos of all envs; infos of the envs that were reset.
-        :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task or init_state.
+        :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task, init_state.
         :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
         """
         request = ResetRequest.parse(options, self.num_envs)
@@ -197,14 +199,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
         :param actions: float (num_envs, chunk, 7) in [-1, 1].
         :raises ValueError: actions of a wrong shape, not numbers, not finite, or out of range.
-        :raises gymnasium.error.ResetNeeded: before the first reset(), or, with autoreset disabled, after an episode's end.
+        :raises gymnasium.error.ResetNeeded: before the first reset(), or after an episode's end without autoreset.
         """
         if self._starts[0] is None:
             raise gym.error.ResetNeeded("Call reset() before step().")
         begin = self._done  # under NEXT_STEP these episodes begin anew in this step; under SAME_STEP there are none
         if self.autoreset_mode is AutoresetMode.DISABLED and begin.any():
             raise gym.error.ResetNeeded(
-                f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset(), or reset(options={{'reset_mask': ...}})."
+                f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset(), for them alone with "
+                "options={'reset_mask': ...}."
             )
         rows = np.flatnonzero(~begin)
         actions = self._check_actions(actions, rows)
@@ -242,7 +245,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         return tuple(self._observations()["image"])
 
     def clips(self) -> list[NDArray[np.uint8]]:
-        """The video of every env's current episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second."""
+        """The video of every env's episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second."""
         return [clip[:length].copy() for clip, length in zip(self._clips, self._lengths, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
@@ -361,12 +364,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             raise ValueError(
                 f"Actions must be numbers of shape {self.action_space.shape}, got {array.dtype} {array.shape}."
             )
-        peak = np.abs(array[rows]).max(axis=(1, 2))
-        if not (peak <= 1 + ACTION_TOLERANCE).all():
-            bad = rows[~(peak <= 1 + ACTION_TOLERANCE)].tolist()
+        peaks = np.abs(array[rows]).max(axis=(1, 2))
+        wrong = ~(peaks <= 1 + ACTION_TOLERANCE)  # NaN included
+        if wrong.any():
             raise ValueError(
-                f"Actions must be finite and within [-1, 1]; envs {bad} have largest magnitudes "
-                f"{peak[~(peak <= 1 + ACTION_TOLERANCE)].tolist()}. Nothing is clipped for you: normalise or np.clip them."
+                f"Actions must be finite and within [-1, 1]; envs {rows[wrong].tolist()} have largest magnitudes "
+                f"{peaks[wrong].tolist()}. Nothing is clipped for you: normalise or np.clip them."
             )
         return array.astype(np.float32)
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from prophet_gym.data.clips import EpisodeArrays, load_arrays
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
-from prophet_gym.envs.models import resolve_reward_model, resolve_world_model
+from prophet_gym.envs.models import resolve_models
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
@@ -58,8 +58,7 @@ def evaluate(
     """
     if split == "train":
         raise ValueError('Expected split "val" or "test": the models were trained on "train".')
-    pipeline = resolve_world_model(checkpoint, "cpu", "float32")
-    judge = resolve_reward_model(reward_model, "cpu", "float32")
+    pipeline, judge = resolve_models(checkpoint, reward_model, "auto", "auto")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}

@@ -3,6 +3,9 @@
 Videos are uint8 (T, H, W, 3); flow is in pixels per frame.
 """
 
+from itertools import pairwise
+
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,14 +20,9 @@ def optical_flow(video: NDArray[np.uint8]) -> NDArray[np.float32]:
 
     :param video: uint8 (T, H, W, 3) with T >= 2.
     :return: float32 (T - 1, H, W, 2), pixels a frame: x to the right, y down.
-    :raises ImportError: OpenCV is not installed.
     :raises TypeError: the video is not a uint8 array.
     :raises ValueError: its shape is wrong.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError('Optical flow needs OpenCV: pip install "prophet-gym[evaluation]".') from error
     if not isinstance(video, np.ndarray) or video.dtype != np.uint8:
         raise TypeError(f"The video must be a uint8 array, got {getattr(video, 'dtype', type(video).__name__)}.")
     if video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2:
@@ -43,7 +41,7 @@ def optical_flow(video: NDArray[np.uint8]) -> NDArray[np.float32]:
             poly_sigma=1.2,
             flags=0,
         )
-        for before, after in zip(grey, grey[1:], strict=False)
+        for before, after in pairwise(grey)
     ]
     return np.stack(flows).astype(np.float32, copy=False)
 

@@ -4,13 +4,15 @@ Videos are (..., T, H, W, 3), uint8 or floating point in [0, 1]; leading dimensi
 one number per frame, so that the caller decides over what to average: open-loop error grows with time.
 """
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-Video = NDArray[np.uint8] | NDArray[np.floating] | Tensor
+Video: TypeAlias = NDArray[np.uint8] | NDArray[np.floating] | Tensor
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
@@ -50,8 +52,8 @@ def moving_psnr(imagined: Video, real: Video, threshold: float = MOVING_THRESHOL
 def moving_mask(real: Video, threshold: float = MOVING_THRESHOLD) -> Tensor:
     """Pixels of each frame that the motion has touched.
 
-    A pixel counts when any of its channels differs by more than ``threshold`` from the video's first frame (something has
-    come, or has left a hole) or from the previous frame (something moves now).
+    A pixel counts when any of its channels differs by more than ``threshold`` from the video's first frame (something
+    has come, or has left a hole) or from the previous frame (something moves now).
 
     :param real: (..., T, H, W, 3).
     :param threshold: in units of the full range, in [0, 1); 0.05 is 13 of 255 levels.
@@ -86,8 +88,9 @@ def ssim(imagined: Video, real: Video) -> Tensor:
 def temporal_ssim(imagined: Video, real: Video) -> Tensor:
     """tSSIM: :func:`ssim` of the signed differences of consecutive frames, which judges motion rather than content.
 
-    A difference lies in [-1, 1]. It is mapped to [0, 1] by (d + 1) / 2 and compared with range 1, which is the same as
-    comparing d with range 2, except that no motion has luminance 1/2 instead of 0. (The paper does not state its range.)
+    A difference d lies in [-1, 1]. It is mapped to [0, 1] by (d + 1) / 2 and compared with range 1, which is the same
+    as comparing d with range 2, except that no motion has luminance 1/2 instead of 0. (The paper does not state its
+    mapping.)
 
     :param imagined: (..., T, H, W, 3) with T >= 2; begin with the start frame to judge the first motion too.
     :param real: same shape.
@@ -138,7 +141,8 @@ def _as_pair(imagined: Video, real: Video) -> tuple[Tensor, Tensor]:
 
 
 def _as_float(video: Video, name: str) -> Tensor:
-    tensor = torch.as_tensor(video)
+    # torch takes no negative strides, which a flipped video has.
+    tensor = video if isinstance(video, Tensor) else torch.as_tensor(np.ascontiguousarray(video))
     if tensor.ndim < 4 or tensor.shape[-1] != 3 or tensor.numel() == 0:
         raise ValueError(f"The {name} video must have shape (..., T, H, W, 3), got {tuple(tensor.shape)}.")
     if tensor.dtype == torch.uint8:
@@ -146,7 +150,5 @@ def _as_float(video: Video, name: str) -> Tensor:
     if not tensor.is_floating_point():
         raise TypeError(f"The {name} video must be uint8 or floating point in [0, 1], got {tensor.dtype}.")
     if not ((tensor >= 0) & (tensor <= 1)).all():
-        raise ValueError(
-            f"The {name} video must be within [0, 1] when it is floating point: divide by 255 or clamp it."
-        )
+        raise ValueError(f"The {name} video is floating point and leaves [0, 1]: divide by 255 or clamp it.")
     return tensor.to(torch.float64)

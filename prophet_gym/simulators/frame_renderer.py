@@ -71,7 +71,7 @@ def camera_parameters(model: Any, data: Any, camera: str, image_size: int) -> di
 
 
 def simplify_mesh(model: Any, mesh: int, cell: float) -> None:
-    """Merge all vertices of one mesh that share a cube of side ``cell`` (m) and drop the faces that vanish, in place."""
+    """Merge the vertices of one mesh that share a cube of side ``cell`` (m), drop the faces that vanish; in place."""
     first_vertex, vertices = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
     first_face, faces = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
     points = model.mesh_vert[first_vertex : first_vertex + vertices]

@@ -36,19 +36,18 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
     ## Description
     The original LIBERO tasks (Liu et al. 2023, "LIBERO: Benchmarking Knowledge Transfer for Lifelong Robot Learning"),
     assets, initial states and success conditions, with the observations and actions of ``Prophet-LIBERO-v0``: a policy
-    moves between the two unchanged. The physics is LIBERO's own (OSC_POSE at 20 Hz, 25 substeps of 2 ms a control step);
-    pictures are rendered only for the frames that are returned, without shadows and from simplified meshes.
+    moves between the two unchanged. The physics is LIBERO's own (OSC_POSE at 20 Hz, 25 substeps of 2 ms a control
+    step); pictures are rendered only for the frames that are returned, without shadows and from simplified meshes.
 
     Making the env and changing the task builds a simulation (about 5 s); other initial states of a task reuse it.
 
     ## Observation space
     A ``Dict``:
 
-    | Key | Space | Meaning |
-    |---|---|---|
-    | `image` | `Box(0, 255, (96, 96, 3), uint8)` | agentview camera, upright RGB |
-    | `proprio` | `Box(-10, 10, (8,), float32)` | end-effector position (3, m, world), orientation as axis-angle (3, rad), gripper fingers (2, m) |
-    | `instruction` | `Box(-1, 1, (384,), float32)` | sentence embedding (all-MiniLM-L6-v2) of the task; the text is in `info` |
+    - `image`: `Box(0, 255, (96, 96, 3), uint8)`, agentview camera, upright RGB.
+    - `proprio`: `Box(-10, 10, (8,), float32)`, end-effector position (3, m, world), orientation as axis-angle (3, rad),
+      gripper fingers (2, m).
+    - `instruction`: `Box(-1, 1, (384,), float32)`, sentence embedding (all-MiniLM-L6-v2); the text is in `info`.
 
     ## Action space
     `Box(-1, 1, (8, 7), float32)`: a chunk of 8 low-level actions at 20 Hz (0.4 s) in LIBERO's OSC_POSE convention.
@@ -59,24 +58,24 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
     | 3-5 | goal rotation, axis-angle in the world frame | 0.5 rad |
     | 6 | gripper: +1 closes, -1 opens | |
 
-    Actions that are not finite, beyond the bounds by more than 1e-6 or of another shape raise ``ValueError``: nothing is
-    clipped.
+    Actions that are not finite, beyond the bounds by more than 1e-6 or of another shape raise ``ValueError``: nothing
+    is clipped.
 
     ## Rewards
     1.0 in the step at whose end LIBERO's goal condition holds, else 0.0.
 
     ## Starting state
-    One of each task's 50 official initial states: split `train` has 0-39, `val` 40-44, `test` 45-49. At each reset the task
-    is drawn first (unless given), then the initial state. The objects settle for 10 control steps with the fingers opening
-    (up to 40 while something still moves: libero_spatial task 5). ``reset(options=...)`` takes `suite`, `task` and
-    `init_state`; the first two change the task for this episode only.
+    One of each task's 50 official initial states: split `train` has 0-39, `val` 40-44, `test` 45-49. At each reset the
+    task is drawn first (unless given), then the initial state. The objects settle for 10 control steps with the fingers
+    opening (up to 40 while something still moves: libero_spatial task 5). ``reset(options=...)`` takes `suite`, `task`
+    and `init_state`, for this episode only.
 
     ## Episode end
     1. Termination: the goal condition holds at the END of a chunk.
     2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s).
 
-    `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability` (1.0 or 0.0), `is_success`, `seed`, and
-    after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5 frames per second.
+    `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability` (1.0 or 0.0), `is_success`, `seed`,
+    and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5 frames per second.
 
     ## Arguments
     - `suite`: `"libero_object"`, `"libero_spatial"`, `"libero_goal"` or `"libero_10"`.
@@ -92,7 +91,7 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
     * v0: first version (0.1.0).
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 2.5}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 2.5}  # noqa: RUF012
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.suite, self.split, self.max_chunks, self.render_mode = suite, split, max_chunks, render_mode
         self.task = None if task is None else task_number(suite, task)
         task_names(suite)  # an unknown suite, or a missing LIBERO, shows here rather than at the first reset
-        self.observation_space = gym.spaces.Dict(
+        self.observation_space: gym.spaces.Dict = gym.spaces.Dict(  # type: ignore[assignment]
             {
                 "image": gym.spaces.Box(0, 255, (96, 96, 3), np.uint8),
                 "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
@@ -275,8 +274,8 @@ def _simulation_module() -> Any:
         from prophet_gym.simulators import libero_simulation
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"LIBERO is installed but cannot be loaded ({error}). Most often OpenGL is missing: install it (Debian, Ubuntu: "
-            "apt install libegl1 libgl1-mesa-dri), or use osmesa (apt install libosmesa6, and set MUJOCO_GL=osmesa)."
+            f"LIBERO is installed but cannot be loaded ({error}). Most often OpenGL is missing: install it (Debian, "
+            "Ubuntu: apt install libegl1 libgl1-mesa-dri), or osmesa (apt install libosmesa6, set MUJOCO_GL=osmesa)."
         ) from error
     return libero_simulation
 
@@ -288,7 +287,7 @@ def _check_action(action: NDArray[np.float32]) -> NDArray[np.float64]:
     peak = float(np.abs(array).max())
     if math.isnan(peak) or peak > 1.0 + ACTION_TOLERANCE:
         raise ValueError(
-            f"Actions must be finite and within [-1, 1], got a largest magnitude of {peak}. Nothing is clipped for you: "
-            "normalise or np.clip them."
+            f"Actions must be finite and within [-1, 1], got a largest magnitude of {peak}. Nothing is clipped for "
+            "you: normalise or np.clip them."
         )
     return array.astype(np.float64)

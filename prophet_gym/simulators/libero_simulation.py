@@ -1,7 +1,7 @@
 """One LIBERO task in MuJoCo: stepping without cameras, frames on demand. Everything LIBERO-specific is here.
 
-This module imports LIBERO, robosuite and MuJoCo when it is imported; :mod:`prophet_gym.simulators.libero` imports it lazily
-and turns a failure into a readable error.
+This module imports LIBERO, robosuite and MuJoCo when it is imported; :mod:`prophet_gym.simulators.libero` imports it
+lazily and turns a failure into a readable error.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
-from dataclasses import dataclass  # noqa: E402
-from typing import Any  # noqa: E402
+from dataclasses import dataclass
+from typing import Any
 
-import mujoco  # noqa: E402
-import numpy as np  # noqa: E402
-import robosuite.macros  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import mujoco
+import numpy as np
+import robosuite.macros
+from numpy.typing import NDArray
 
 robosuite.macros.ENABLE_NUMBA = False  # its compiled functions are not used here and take seconds to compile
 
@@ -48,20 +48,17 @@ def task_names(suite: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ObjectGeometry:
-    """Axis-aligned bounding box of an object's collision geoms in the world, metres: centre (3,) and full size (3,)."""
+    """The box around an object's collision geoms, along the axes of its body.
+
+    Attributes:
+        center: (3,) in the world, metres.
+        rotation: (3, 3), body to world.
+        size: (3,) full side lengths, metres.
+    """
 
     center: Array
+    rotation: Array
     size: Array
-
-    @property
-    def top(self) -> float:
-        """Height of the highest point (m)."""
-        return float(self.center[2] + self.size[2] / 2)
-
-    @property
-    def bottom(self) -> float:
-        """Height of the lowest point (m)."""
-        return float(self.center[2] - self.size[2] / 2)
 
 
 class LiberoSimulation:
@@ -176,7 +173,7 @@ class LiberoSimulation:
         return self._renderer.render(self._data)
 
     def proprio(self) -> NDArray[np.float32]:
-        """End-effector position (3, m, world), axis-angle orientation (3, rad), finger positions (2, m): float32 (8,)."""
+        """float32 (8,): end-effector position (3, m, world), axis-angle orientation (3, rad), fingers (2, m)."""
         w, *axis = self._data.xquat[self._hand]
         sine = np.sqrt(max(1.0 - w * w, 0.0))
         angle = 2.0 * np.arccos(np.clip(w, -1.0, 1.0))
@@ -188,7 +185,7 @@ class LiberoSimulation:
         return bool(self._env.check_success())
 
     def camera(self) -> dict[str, list[list[float]]]:
-        """Intrinsics and extrinsics of the camera, see :func:`prophet_gym.simulators.frame_renderer.camera_parameters`."""
+        """Intrinsics and extrinsics, see :func:`prophet_gym.simulators.frame_renderer.camera_parameters`."""
         return camera_parameters(self._model, self._data, CAMERA, self.image_size)
 
     @property
@@ -216,16 +213,14 @@ class LiberoSimulation:
         """Names of the fixtures that have a body (cabinet, stove, rack)."""
         return [name for name in self._roots if name not in self._env.env.objects_dict]
 
-    def object_rotation(self, name: str) -> Array:
-        """Rotation matrix (3, 3) of an object's body in the world."""
-        return self._data.xmat[self._roots[name]].reshape(3, 3).copy()
-
     def geometry(self, name: str) -> ObjectGeometry:
-        """Where an object is and how large (its collision geoms, world axes)."""
+        """Where an object is and how large (its collision geoms)."""
+        rotation = self._data.xmat[self._roots[name]].reshape(3, 3).copy()
         centers, rotations, halves = self._boxes(self._geoms[name])
-        reach = np.einsum("gij,gj->gi", np.abs(rotations), halves)
+        centers = centers @ rotation  # in the axes of the body
+        reach = np.einsum("gij,gj->gi", np.abs(rotation.T @ rotations), halves)
         low, high = (centers - reach).min(axis=0), (centers + reach).max(axis=0)
-        return ObjectGeometry((low + high) / 2, high - low)
+        return ObjectGeometry(rotation @ ((low + high) / 2), rotation, high - low)
 
     def obstacles(self, exclude: str) -> tuple[Array, Array, Array]:
         """Boxes around all objects' and fixtures' collision geoms but one's: centres (N, 3), rotations (N, 3, 3) and

@@ -1,7 +1,7 @@
 """Record data sets of scripted episodes in the real simulator: successes, honest failures and counterfactuals.
 
-Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and its actions never depend on
-whether the object was grasped: else a judge could read the outcome off the actions.
+Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and its actions never depend
+on whether the object was grasped: else a judge could read the outcome off the actions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
 SPLIT_STATES = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
-RECORDABLE_SUITES = ("libero_object", "libero_spatial")
 NUM_TASKS = 10
 CONTROL_STEPS = 160
 FRAME_STRIDE = 4
 FPS = 5
 IMAGE_SIZE = 96
 COUNTERFACTUAL_SHARE = 0.1
+COUNTERFACTUALS = ("shifted", "elsewhere")
+"""Where a counterfactual episode's actions come from: the same start with the objects shifted by up to 2 cm (it may
+well succeed), or another, jittered start of the same task and split (it rarely does)."""
+SHIFTED_DISTANCE = 0.02  # m
 JITTER_SHARE = 0.5  # of the training episodes
 JITTER_DISTANCE = 0.03  # m
 
@@ -46,7 +49,7 @@ class EpisodePlan:
         task: index of the task in the suite.
         split: ``"train"``, ``"val"`` or ``"test"``.
         init_state: official initial state it begins from.
-        recipe: name of a noise recipe, or ``"counterfactual"``.
+        recipe: name of a noise recipe, or one of ``COUNTERFACTUALS``.
         jitter: whether objects are shifted and the arm displaced before the first frame.
         seed: seed of the episode's random stream.
     """
@@ -62,20 +65,23 @@ class EpisodePlan:
     @property
     def kind(self) -> str:
         """The data set's name for this recipe: ``"clean"``, ``"noisy"`` or ``"counterfactual"``."""
-        return self.recipe if self.recipe in ("clean", "counterfactual") else "noisy"
+        if self.recipe in COUNTERFACTUALS:
+            return "counterfactual"
+        return "clean" if self.recipe == "clean" else "noisy"
 
 
-def plan_episodes(episodes: int, seed: int) -> list[EpisodePlan]:
+def plan_episodes(suite: str, episodes: int, seed: int) -> list[EpisodePlan]:
     """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests."""
+    shares = NOISE_SHARES[suite]
     plans = []
     for index in range(episodes):
         episode_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         rng = np.random.default_rng([episode_seed, 0])
         split = {8: "val", 9: "test"}.get(index // NUM_TASKS % 10, "train")
-        recipe = str(rng.choice(list(NOISE_SHARES), p=list(NOISE_SHARES.values())))
+        recipe = str(rng.choice(list(shares), p=list(shares.values())))
         if rng.uniform() < COUNTERFACTUAL_SHARE:
-            recipe = "counterfactual"
-        jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE)
+            recipe = str(rng.choice(COUNTERFACTUALS))
+        jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE and recipe != "shifted")
         init_state = int(rng.choice(SPLIT_STATES[split]))
         plans.append(EpisodePlan(index, index % NUM_TASKS, split, init_state, recipe, jitter, episode_seed))
     return plans
@@ -98,14 +104,14 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
         ValueError: an unknown suite, or a count below 1.
         ImportError: LIBERO is not installed.
     """
-    if suite not in RECORDABLE_SUITES:
-        raise ValueError(f"There is an expert for {list(RECORDABLE_SUITES)}, got suite={suite!r}.")
+    if suite not in NOISE_SHARES:
+        raise ValueError(f"There is an expert for {list(NOISE_SHARES)}, got suite={suite!r}.")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    plans = plan_episodes(episodes, seed)
+    plans = plan_episodes(suite, episodes, seed)
     spawn = get_context("spawn")
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
@@ -129,15 +135,13 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
 def record_episode(simulation: LiberoSimulation, plan: EpisodePlan) -> Episode:
     """Run one planned episode and keep what the camera saw."""
     rng = np.random.default_rng([plan.seed, 1])
-    if plan.recipe == "counterfactual":
-        actions = _clean_actions_elsewhere(simulation, plan, rng)
+    replayed = plan.recipe in COUNTERFACTUALS
+    actions = _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((CONTROL_STEPS, 7), np.float32)
     _begin(simulation, plan.init_state, plan.jitter, rng)
-    if plan.recipe != "counterfactual":
-        expert = PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng)
-        actions = np.zeros((CONTROL_STEPS, 7), np.float32)
+    expert = None if replayed else PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng)
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
     for step in range(CONTROL_STEPS):
-        if plan.recipe != "counterfactual":
+        if expert is not None:
             actions[step] = expert.act()
         simulation.step(actions[step].astype(np.float64))
         if (step + 1) % FRAME_STRIDE == 0:
@@ -163,9 +167,13 @@ def record_episode(simulation: LiberoSimulation, plan: EpisodePlan) -> Episode:
 def _clean_actions_elsewhere(
     simulation: LiberoSimulation, plan: EpisodePlan, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """What the undisturbed expert does from another, jittered start of the same task and split."""
-    others = [state for state in SPLIT_STATES[plan.split] if state != plan.init_state]
-    _begin(simulation, int(rng.choice(others)), True, rng)
+    """What the undisturbed expert does from the other start that the plan names."""
+    if plan.recipe == "shifted":
+        simulation.reset(plan.init_state)
+        simulation.jitter_objects(SHIFTED_DISTANCE, rng)
+    else:
+        others = [state for state in SPLIT_STATES[plan.split] if state != plan.init_state]
+        _begin(simulation, int(rng.choice(others)), True, rng)
     expert = PickAndPlace(simulation, NOISE_RECIPES["clean"], rng)
     actions = np.zeros((CONTROL_STEPS, 7), np.float32)
     for step in range(CONTROL_STEPS):

@@ -22,9 +22,9 @@ from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes are for one core of an AVX2 CPU without bfloat16 units; see docs/training.md.
     "tiny": {
-        "autoencoder": {"steps": 4000, "batch_size": 48, "learning_rate": 2e-3},
+        "autoencoder": {"steps": 3000, "batch_size": 48, "learning_rate": 2e-3},
         "proprioception": {"steps": 4000, "batch_size": 256, "learning_rate": 2e-3},
-        "transformer": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 4500, "batch_size": 16, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.

@@ -40,6 +40,8 @@ class ForeignFields:
         for name, choices in (("orientation", ORIENTATIONS), ("split", SPLITS), ("kind", KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}.")
+        if self.frame_stride < 1:
+            raise ValueError(f"frame_stride must be >= 1, got {self.frame_stride}.")
 
 
 class EpisodeDataset(Sequence[Episode]):
@@ -67,7 +69,6 @@ class EpisodeDataset(Sequence[Episode]):
     ) -> None:
         self.root = Path(root)
         self.info = _load_info(self.root)
-        self.fps: float = self.info["fps"]
         self.image_key = self._find_image_key(image_key)
         self._foreign = foreign
         if "prophet" in self.info:
@@ -85,6 +86,7 @@ class EpisodeDataset(Sequence[Episode]):
             self._stored_stride = 1
             self._orientation = foreign.orientation
             self.frame_stride = foreign.frame_stride
+        self.fps: float = self.info["fps"] * self._stored_stride / self.frame_stride
         for name, expected in (("action", self._stored_stride * ACTION_DIM), ("observation.state", PROPRIO_DIM)):
             shape = self.info["features"].get(name, {}).get("shape")
             if shape is None or list(shape) != [expected]:
@@ -219,9 +221,11 @@ class EpisodeDataset(Sequence[Episode]):
                     "end solved, or False."
                 )
             return {row["episode_index"]: self._foreign.success for row in self._rows}
+        if self._foreign.success is not None:
+            raise ValueError(f"{self.root} has a 'next.success' column: leave ForeignFields.success out.")
         outcomes: dict[int, bool] = {}
         for path in sorted({self._data_file(row) for row in self._rows}):
-            table = read_table(path, columns=["episode_index", "next.success"])
+            table = read_table(path, ["episode_index", "next.success"])
             # Rows are in the order of time: the last one of an episode stays.
             outcomes.update(zip(table["episode_index"].to_pylist(), table["next.success"].to_pylist(), strict=True))
         return outcomes
@@ -233,21 +237,19 @@ class EpisodeDataset(Sequence[Episode]):
     def _read(self, record: EpisodeRecord) -> Episode:
         row = self._rows[record.episode_index]
         path = self._data_file(row)
-        names = ["observation.state", "action", "frame_index"]
-        names += [name for name in ("next.success",) if name in self.info["features"]]
+        columns = ["observation.state", "action"]
+        columns += [name for name in ("next.success",) if name in self.info["features"]]
         is_video = self.info["features"][self.image_key]["dtype"] == "video"
-        columns = names if is_video else [*names, self.image_key]
-        table = read_table(path, columns=columns, filters=[("episode_index", "=", record.episode_index)])
-        absent = set(columns) - set(table.column_names)
-        if absent or table.num_rows != row["length"]:
+        columns += [] if is_video else [self.image_key]
+        table = read_table(path, columns, record.episode_index)
+        if table.num_rows != row["length"]:
             raise ValueError(
-                f"{path} holds {table.num_rows} of the {row['length']} rows of episode {record.episode_index}"
-                + (f" and lacks the columns {sorted(absent)}" if absent else "")
-                + ": it is damaged or from another data set, copy or record it again."
+                f"{path} holds {table.num_rows} of the {row['length']} rows of episode {record.episode_index}: "
+                "it is damaged or from another data set, copy or record it again."
             )
         arrays = {}
         for name in ("observation.state", "action"):
-            arrays[name] = numeric_column(table, name).astype(np.float32, copy=False)
+            arrays[name] = numeric_column(table, name).astype(np.float32)
             width = self.info["features"][name]["shape"][0]
             if arrays[name].shape[1] != width:
                 raise ValueError(
@@ -289,7 +291,8 @@ class EpisodeDataset(Sequence[Episode]):
         except ImportError as error:
             raise ImportError('Reading mp4 needs PyAV: pip install "prophet-gym[video]".') from error
         start: float = row[f"videos/{key}/from_timestamp"]
-        half_frame = 0.5 / self.fps
+        fps: float = self.info["fps"]
+        half_frame = 0.5 / fps
         frames: list[NDArray[np.uint8]] = []
         try:
             with av.open(str(path)) as container:
@@ -302,11 +305,11 @@ class EpisodeDataset(Sequence[Episode]):
                         continue
                     if len(frames) == row["length"]:
                         break
-                    expected = start + len(frames) / self.fps
+                    expected = start + len(frames) / fps
                     if abs(frame.time - expected) > half_frame:
                         raise ValueError(
                             f"{path}: frame {len(frames)} of episode {row['episode_index']} is at {frame.time:.3f} s, "
-                            f"not {expected:.3f} s: the video does not have {self.fps} frames a second."
+                            f"not {expected:.3f} s: the video does not have {fps} frames a second."
                         )
                     frames.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
         except av.FFmpegError as error:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,21 +67,25 @@ def numeric_column(table: pa.Table, name: str) -> NDArray[Any]:
     return np.asarray(values).reshape(len(table), -1)
 
 
-def read_table(path: Path, **options: Any) -> pa.Table:
-    """Read a parquet file; ``options`` are those of ``pyarrow.parquet.read_table``.
+def read_table(path: Path, columns: Sequence[str] | None = None, episode_index: int | None = None) -> pa.Table:
+    """Read a parquet file, or some columns of it, or the rows of one episode.
 
     :raises FileNotFoundError: the file is absent.
-    :raises ValueError: the file is damaged.
+    :raises ValueError: the file is damaged, or lacks one of the columns.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the data set is incomplete, copy or record it again.")
+    filters = None if episode_index is None else [("episode_index", "=", episode_index)]
     try:
-        return pq.read_table(path, partitioning=None, **options)
+        absent = sorted(set(columns or ()) - set(pq.read_schema(path).names))
+        if not absent:
+            return pq.read_table(path, partitioning=None, columns=columns, filters=filters)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
             f"{path} is not a readable parquet file (truncated or damaged: {error}). "
             "Delete it and run the same record command again, or copy it again."
         ) from error
+    raise ValueError(f"{path} lacks the columns {absent}: it is from another data set, copy or record it again.")
 
 
 def write_table(path: Path, table: pa.Table) -> None:

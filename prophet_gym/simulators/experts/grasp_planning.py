@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,26 @@ Boxes = tuple[Array, Array, Array]
 
 FLOOR_CLEARANCE = 0.012  # m, grip site above the support: the fingertips reach 4 mm below the site
 RIM_DEPTH = 0.022  # m, grip site below a bowl's rim
-TOP_DEPTH = 0.035  # m, grip site below the top of a tall object
-_WIDEST = 0.07  # m, what fits between the fingers with a margin
+RIM_WIDTH = 0.004  # m, middle of the wall to the outside
+TOP_DEPTH = 0.035  # m, grip site below the top of an object
+TALL_TOP_DEPTH = 0.045  # m, the same for a bottle or carton
+TALL = 0.1  # m
+WIDEST = 0.07  # m, what fits between the fingers with a margin
+FOOT = 0.5  # width of a bowl's foot, relative to its rim
 _CANDIDATES = 12
+
+
+class Geometry(Protocol):
+    """The box around an object: centre (3,) m, rotation (3, 3) body to world, full side lengths (3,) m."""
+
+    @property
+    def center(self) -> Array: ...
+
+    @property
+    def rotation(self) -> Array: ...
+
+    @property
+    def size(self) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -26,40 +44,58 @@ class Grasp:
     angle: float
 
 
-def plan_grasp(
-    center: Array, size: Array, hollow: bool, obstacles: Boxes, hand_angle: float, depth: float = TOP_DEPTH
-) -> Grasp:
+def extent(geometry: Geometry) -> Array:
+    """Side lengths (3,) of an object along the axes of the world, m."""
+    return np.abs(geometry.rotation) @ geometry.size
+
+
+def top(geometry: Geometry) -> float:
+    """Height of an object's highest point, m."""
+    return float(geometry.center[2] + extent(geometry)[2] / 2)
+
+
+def bottom(geometry: Geometry, hollow: bool = False) -> float:
+    """Height of an object's lowest point, m; a bowl is taken to be half as wide at its foot."""
+    size = geometry.size * np.array([FOOT, FOOT, 1.0] if hollow else [1.0, 1.0, 1.0])
+    return float(geometry.center[2] - np.abs(geometry.rotation[2]) @ size / 2)
+
+
+def plan_grasp(geometry: Geometry, hollow: bool, obstacles: Boxes, hand_angle: float) -> Grasp:
     """Choose the finger direction (and, for a bowl, the point of the rim) with the least risk.
 
     Args:
-        center: (3,) centre of the object's bounding box, m.
-        size: (3,) its full size, m.
+        geometry: the object's box; a bowl opens along the third axis of its body.
         hollow: grasp the wall of a bowl instead of the whole object.
         obstacles: the boxes of everything else.
         hand_angle: present direction of the finger axis (rad); small turns are preferred.
-        depth: how far below the object's top the grip site goes (m), for an object that is not hollow.
     """
-    top, bottom = center[2] + size[2] / 2, center[2] - size[2] / 2
-    height = max(top - (RIM_DEPTH if hollow else depth), bottom + FLOOR_CLEARANCE)
     candidates = []
-    turns = 2 * _CANDIDATES if hollow else _CANDIDATES
-    for angle in np.arange(turns) * np.pi / _CANDIDATES:
-        axis = np.array([np.cos(angle), np.sin(angle)])
-        position = np.array([center[0], center[1], height])
-        width = 0.0
+    for turn in np.arange(2 * _CANDIDATES if hollow else _CANDIDATES) * np.pi / _CANDIDATES:
+        cost = 0.0
         if hollow:
-            position[:2] += (min(size[:2]) / 2 - 0.004) * axis
+            outward = geometry.rotation @ np.array([np.cos(turn), np.sin(turn), 0.0])
+            position = geometry.center + geometry.rotation[:, 2] * geometry.size[2] / 2
+            position = position + (min(geometry.size[:2]) / 2 - RIM_WIDTH) * outward
+            cost += 20.0 * (top(geometry) - position[2])  # of a tilted bowl take the high side
+            position[2] -= RIM_DEPTH
+            angle = float(np.arctan2(outward[1], outward[0]))
+            axis = np.array([np.cos(angle), np.sin(angle)])
         else:
-            width = float(np.abs(axis) @ size[:2])
-        turn = abs((angle - hand_angle + np.pi / 2) % np.pi - np.pi / 2)
-        cost = 0.5 * turn + 10.0 * width + 50.0 * max(width - _WIDEST, 0.0) + 3.0 * _overlap(position, axis, obstacles)
+            angle, axis = float(turn), np.array([np.cos(turn), np.sin(turn)])
+            depth = TALL_TOP_DEPTH if extent(geometry)[2] > TALL else TOP_DEPTH
+            position = np.append(geometry.center[:2], top(geometry) - depth)
+            width = float(np.abs(axis @ geometry.rotation[:2]) @ geometry.size)
+            cost += 10.0 * width + 50.0 * max(width - WIDEST, 0.0)
+        position[2] = max(position[2], bottom(geometry) + FLOOR_CLEARANCE)
+        cost += 0.5 * abs((angle - hand_angle + np.pi / 2) % np.pi - np.pi / 2)
+        cost += 3.0 * _overlap(position, axis, obstacles)
         candidates.append((cost, angle, position))
     _, angle, position = min(candidates, key=lambda candidate: candidate[0])
-    return Grasp(position, float(angle))
+    return Grasp(position, angle)
 
 
 def highest_under(points: Array, obstacles: Boxes) -> float:
-    """The highest top (m) of all obstacles below or above any of the horizontal points (P, 2); -inf if there is none."""
+    """The highest top (m) of all obstacles below or above any of the horizontal points (P, 2), -inf if none."""
     tops = _tops(obstacles)[_covering(points, obstacles)]
     return float(tops.max(initial=-np.inf))
 
@@ -77,12 +113,12 @@ def _overlap(position: Array, axis: Array, obstacles: Boxes) -> int:
 
 
 def _covering(points: Array, obstacles: Boxes) -> NDArray[np.bool_]:
-    """Which boxes (N,) have one of the horizontal points (P, 2) in their outline; exact for boxes that stand upright."""
+    """Which boxes (N,) have one of the horizontal points (P, 2) in their outline; exact for upright boxes."""
     centers, rotations, halves = obstacles
     offsets = np.zeros((len(centers), len(points), 3))
     offsets[..., :2] = points[None] - centers[:, None, :2]
-    inside: NDArray[np.bool_] = np.abs(offsets @ rotations) < halves[:, None]
-    return inside.all(axis=-1).any(axis=-1)
+    inside = np.abs(offsets @ rotations) < halves[:, None]
+    return np.asarray(inside.all(axis=-1).any(axis=-1), dtype=np.bool_)
 
 
 def _tops(obstacles: Boxes) -> Array:

@@ -29,13 +29,15 @@ class NoiseRecipe:
 
 NOISE_RECIPES = {
     "clean": NoiseRecipe(),
-    "light": NoiseRecipe(action_sigma=0.1, grasp_offset=0.008, place_offset=0.015),
-    "medium": NoiseRecipe(
-        action_sigma=0.2, grasp_offset=0.02, place_offset=0.03, early_release=0.15, wrong_object=0.05
-    ),
+    "light": NoiseRecipe(action_sigma=0.1, grasp_offset=0.008, place_offset=0.015, wrong_object=0.05),
+    "medium": NoiseRecipe(action_sigma=0.2, grasp_offset=0.02, place_offset=0.03, early_release=0.15, wrong_object=0.1),
     "heavy": NoiseRecipe(action_sigma=0.3, grasp_offset=0.035, place_offset=0.05, early_release=0.3, wrong_object=0.1),
 }
-NOISE_SHARES = {"clean": 0.35, "light": 0.25, "medium": 0.25, "heavy": 0.15}
+NOISE_SHARES = {
+    "libero_object": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
+    "libero_spatial": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
+}
+"""Share of each recipe in a suite's recordings, such that about 60-65% of the episodes succeed."""
 
 
 class ActionNoise:

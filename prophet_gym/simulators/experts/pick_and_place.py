@@ -1,8 +1,8 @@
 """A scripted pick-and-place expert: a fixed sequence of waypoints, followed by proportional control.
 
-The sequence never looks whether the object is in the hand: a failed grasp runs through the same motions as a good one, and
-after the release every episode drifts to a resting point until it is cut off. So an episode's actions say as little as
-possible about its outcome.
+The sequence never looks whether the object is in the hand: a failed grasp runs through the same motions as a good one,
+and after the release every episode drifts to a resting point until it is cut off. So an episode's actions say as little
+as possible about its outcome.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.simulators.experts.grasp_planning import TOP_DEPTH, Boxes, Grasp, highest_under, plan_grasp
+from prophet_gym.simulators.experts.grasp_planning import (
+    Boxes,
+    Geometry,
+    Grasp,
+    bottom,
+    extent,
+    highest_under,
+    plan_grasp,
+    top,
+)
 from prophet_gym.simulators.experts.noise import ActionNoise, NoiseRecipe, point_in_disc
 
 Array = NDArray[np.float64]
@@ -22,17 +31,8 @@ Array = NDArray[np.float64]
 OPEN, CLOSE = -1.0, 1.0
 _POSITION_GAIN = 2.0 / 0.05  # action units per metre
 _ROTATION_GAIN = 1.0 / 0.5  # action units per radian
+TIPPING = 0.035  # m: how far a bowl that was set down lying on its side travels while it tips upright
 _AROUND = 0.5 * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [1, -1], [-1, 1], [-1, -1]])
-
-
-class Geometry(Protocol):
-    """Bounding box of an object: centre (3,) and full size (3,), metres, world axes."""
-
-    @property
-    def center(self) -> Array: ...
-
-    @property
-    def size(self) -> Array: ...
 
 
 class Scene(Protocol):
@@ -93,7 +93,8 @@ class PickAndPlace:
         self._noise = ActionNoise(recipe.action_sigma, rng)
         self._container = scene.geometry(container)
         self._hand_angle = float(np.arctan2(scene.eef_rotation[1, 0], scene.eef_rotation[0, 0]))
-        self._grasp = self._plan(target, "bowl" in target or "ramekin" in target)
+        self._hollow = "bowl" in target or "ramekin" in target
+        self._grasp = self._plan(target)
         self._grasp_error = point_in_disc(recipe.grasp_offset, rng)
         self._place_error = point_in_disc(recipe.place_offset, rng)
         self._rest = scene.eef_position + np.append(rng.uniform(-0.08, 0.08, 2), rng.uniform(-0.02, 0.06))
@@ -131,12 +132,9 @@ class PickAndPlace:
         action = np.append(np.clip(np.clip(motion, -1.0, 1.0) + self._noise(), -1.0, 1.0), gripper)
         return action.astype(np.float32)
 
-    def _plan(self, target: str, hollow: bool) -> Grasp:
-        geometry = self._scene.geometry(target)
-        depth = 0.045 if geometry.size[2] > 0.1 else TOP_DEPTH
-        grasp = plan_grasp(
-            geometry.center, geometry.size, hollow, self._scene.obstacles(target), self._hand_angle, depth
-        )
+    def _plan(self, target: str) -> Grasp:
+        obstacles = self._scene.obstacles(target)
+        grasp = plan_grasp(self._scene.geometry(target), self._hollow, obstacles, self._hand_angle)
         # the fingers are symmetric: of the two equal angles take the one nearer to the hand's
         self._angle = grasp.angle + np.pi * round((self._hand_angle - grasp.angle) / np.pi)
         return grasp
@@ -144,11 +142,13 @@ class PickAndPlace:
     def _script(self, name: str, inside: bool) -> Sequence[Waypoint]:
         target = self._scene.geometry(name)
         grip = self._grasp.position + np.append(self._grasp_error, 0.0)
-        above_bottom = grip[2] - (target.center[2] - target.size[2] / 2)  # how high the grip site is on the object
-        container_top = self._container.center[2] + self._container.size[2] / 2
-        release = container_top + above_bottom + (-0.03 if inside else 0.008)
+        above_bottom = grip[2] - bottom(target, self._hollow)  # how high the grip site is on the object
+        container_top = top(self._container)
+        release = container_top + above_bottom + (-0.03 if inside else 0.004)
         place = self._container.center[:2] + self._grasp.position[:2] - target.center[:2] + self._place_error
-        path = np.linspace(target.center[:2], place, 15)[:, None] + _AROUND * target.size[:2]
+        if self._hollow:
+            place = place + TIPPING * target.rotation[:2, 2]
+        path = np.linspace(target.center[:2], place, 15)[:, None] + _AROUND * extent(target)[:2]
         highest = max(highest_under(path.reshape(-1, 2), self._scene.obstacles(name)), container_top + 0.01)
         carry = max(highest + above_bottom + 0.03, grip[2] + 0.05)
         hover = grip[2] + 0.07
@@ -159,7 +159,7 @@ class PickAndPlace:
             Waypoint("grasp", grip, CLOSE, 1.0, 9, 9),
             Waypoint("lift", np.append(grip[:2], carry), CLOSE, 0.02, 25),
             Waypoint("move", above, CLOSE, 0.012, 40),
-            Waypoint("lower", over, CLOSE, 0.008, 14),
+            Waypoint("lower", over, CLOSE, 0.006, 18),
             Waypoint("release", over, OPEN, 1.0, 8, 8),
             Waypoint("retreat", above + np.array([0.0, 0.0, 0.03]), OPEN, 0.02, 15),
             Waypoint("rest", self._rest, OPEN, 0.0, 1),
@@ -173,6 +173,6 @@ def _downward(angle: float) -> Array:
 
 
 def _rotation_error(goal: Array, current: Array) -> Array:
-    """Rotation vector (3,) of the smaller turns from ``current`` to ``goal`` (3, 3), world frame, capped near 90 degrees."""
+    """Rotation vector (3,) from ``current`` to ``goal`` (3, 3), world frame: sin(angle) instead of the angle."""
     product = goal @ current.T
     return 0.5 * np.array([product[2, 1] - product[1, 2], product[0, 2] - product[2, 0], product[1, 0] - product[0, 1]])

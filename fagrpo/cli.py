@@ -1,0 +1,247 @@
+"""Command line: ``fagrpo sft`` (behaviour cloning) and ``fagrpo train`` (reinforcement learning)."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
+
+from fagrpo.fagrpo import FAGRPO, FLOW_SCALES, PLACEMENTS, RATIOS
+from fagrpo.imitation import Demonstrations, behaviour_cloning
+from fagrpo.policies import FlowPolicy
+
+CHUNK = 8
+
+
+def load_demonstrations(
+    root: Path, suites: Sequence[str] | None, kinds: Sequence[str], split: str, max_episodes: int | None = None
+) -> Demonstrations:
+    """Successful recorded episodes as pairs of observation and chunk, one per frame at which a chunk can begin.
+
+    Chunks that reach beyond an episode's end repeat the last gripper command without motion. Starts at even and odd
+    frames count as separate episodes (a policy acts at every second frame), so that frame stacking matches execution.
+
+    :param root: a finalised data set in the LeRobot format
+    :param suites: of LIBERO; None: all
+    :param kinds: of episodes, for example "clean"
+    :param split: "train" or "val"
+    :param max_episodes: use at most this many; None: all
+    :return: observations image (N, H, W, 3), proprio (N, 8), instruction (N, 384); actions (N, 8, 7)
+    :raises ValueError: no episode matches
+    """
+    from prophet_gym.data.instructions import embed_instructions
+    from prophet_gym.data.lerobot_format import EpisodeDataset
+
+    images, proprio, actions, episode_ids = [], [], [], []
+    texts: list[str] = []
+    used = 0
+    for episode in EpisodeDataset(root).select(split=split, suite=suites, kind=kinds):
+        if not episode.outcome:
+            continue
+        frame_stride = episode.actions.shape[1]
+        commands = episode.actions.reshape(-1, episode.actions.shape[2])  # (T * stride, 7)
+        idle = np.zeros((CHUNK, commands.shape[1]), dtype=np.float32)
+        idle[:, -1] = commands[-1, -1]
+        padded = np.concatenate([commands, idle])
+        chunk_frames = CHUNK // frame_stride
+        for frame in range(len(episode.actions)):
+            images.append(episode.frames[frame])
+            proprio.append(episode.proprio[frame])
+            actions.append(padded[frame * frame_stride : frame * frame_stride + CHUNK])
+            texts.append(episode.instruction)
+            episode_ids.append(used * chunk_frames + frame % chunk_frames)
+        used += 1
+        if used == max_episodes:
+            break
+    if used == 0:
+        raise ValueError(
+            f"no successful {split} episode of kind {', '.join(kinds)} and suite {suites or 'any'} in {root}"
+        )
+    unique = sorted(set(texts))
+    table = dict(zip(unique, embed_instructions(unique), strict=True))
+    order = np.argsort(np.array(episode_ids), kind="stable")
+    return Demonstrations(
+        observations={
+            "image": np.stack(images)[order],
+            "proprio": np.stack(proprio)[order].astype(np.float32),
+            "instruction": np.stack([table[text] for text in texts])[order].astype(np.float32),
+        },
+        actions=np.stack(actions)[order].astype(np.float32),
+        episode_ids=np.array(episode_ids)[order],
+    )
+
+
+def _spaces_of(demonstrations: Demonstrations) -> tuple[spaces.Dict, spaces.Box]:
+    assert isinstance(demonstrations.observations, dict)
+    entries: dict[str, spaces.Space] = {}
+    for key, value in demonstrations.observations.items():
+        if value.dtype == np.uint8:
+            entries[key] = spaces.Box(0, 255, value.shape[1:], np.uint8)
+        else:
+            entries[key] = spaces.Box(-np.inf, np.inf, value.shape[1:], np.float32)
+    return spaces.Dict(entries), spaces.Box(-1.0, 1.0, demonstrations.actions.shape[1:], np.float32)
+
+
+def sft(arguments: argparse.Namespace) -> int:
+    """Behaviour cloning from a recorded data set; writes the policy to ``--out``."""
+    demonstrations = load_demonstrations(
+        arguments.data, arguments.suite, arguments.kind, "train", arguments.episodes
+    ).stack_frames(arguments.frame_stack)
+    policy_kwargs: dict[str, Any] = {"num_flow_steps": arguments.num_flow_steps}
+    if arguments.blind:
+        policy_kwargs["observation_keys"] = ["proprio", "instruction"]
+    policy = FlowPolicy(*_spaces_of(demonstrations), **policy_kwargs).to(arguments.device)
+    result = behaviour_cloning(
+        policy,
+        demonstrations,
+        num_updates=arguments.updates,
+        max_seconds=arguments.max_seconds,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        bfloat16=arguments.bfloat16,
+        seed=arguments.seed,
+        checkpoint=arguments.out / "training_state.safetensors",
+        tensorboard_log=str(arguments.out / "tensorboard"),
+        verbose=1,
+    )
+    policy.export_safetensors(arguments.out)
+    print(
+        f"{len(demonstrations)} chunks, {result.num_updates} updates in {result.seconds:.0f} s, best validation loss "
+        f"{result.best_validation_loss:.4f} at update {result.best_update}; policy written to {arguments.out}"
+    )
+    return 0
+
+
+def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[str, Any]) -> VecEnv:
+    """SB3 environments of a Gymnasium id; Prophet's ids step all environments in one model call.
+
+    :param env_id: an id, or "module:id" to import the module that registers it
+    :param num_envs: number of environments
+    :param frame_stack: observations stacked per step, 1: none
+    :param env_kwargs: arguments of the environment
+    """
+    name = env_id.split(":")[-1]
+    venv: VecEnv
+    if name.startswith("Prophet"):
+        from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
+
+        envs: Any = gym.make_vec(env_id, num_envs=num_envs, autoreset_mode="SameStep", **env_kwargs)
+        venv = ProphetVecEnv(envs)
+    else:
+        makers: list[Callable[[], gym.Env]] = [lambda: gym.make(env_id, **env_kwargs) for _ in range(num_envs)]
+        venv = DummyVecEnv(makers)
+    venv = VecMonitor(venv)
+    return VecFrameStack(venv, frame_stack) if frame_stack > 1 else venv
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """FA-GRPO from a cloned policy; resumes from the newest checkpoint in ``--out``."""
+    env_kwargs: dict[str, Any] = {}
+    if arguments.suite is not None:
+        env_kwargs["suite"] = arguments.suite
+    if arguments.task is not None:
+        env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
+    env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
+    checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
+    if checkpoints:
+        print(f"Resuming from {checkpoints[-1]}")
+        model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
+    else:
+        model = FAGRPO(
+            FlowPolicy.from_safetensors(arguments.policy),
+            env,
+            learning_rate=arguments.learning_rate,
+            group_size=arguments.group_size,
+            batch_size=arguments.batch_size,
+            n_epochs=arguments.epochs,
+            ratio=arguments.ratio,
+            flow_scale=arguments.flow_scale,
+            flow_scale_placement=arguments.flow_scale_placement,
+            noise_level=arguments.noise_level,
+            kl_coef=arguments.kl_coef,
+            tensorboard_log=str(arguments.out / "tensorboard"),
+            verbose=1,
+            seed=arguments.seed,
+            device=arguments.device,
+        )
+    remaining = arguments.steps - model.num_timesteps
+    if remaining > 0:
+        every = max(1, arguments.checkpoint_every // arguments.num_envs)
+        callback = CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint")
+        model.learn(remaining, callback, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
+    model.policy.export_safetensors(arguments.out)
+    print(f"Policy written to {arguments.out}")
+    env.close()
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="fagrpo", description="Train flow-head policies: imitation, then FA-GRPO.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    clone = commands.add_parser("sft", help="clone recorded demonstrations", formatter_class=formatter)
+    clone.add_argument("data", type=Path, help="data set in the LeRobot format, as `prophet record` writes it")
+    clone.add_argument("--out", type=Path, required=True, help="folder for policy, TensorBoard and training state")
+    clone.add_argument("--suite", nargs="+", help="use only these LIBERO suites")
+    clone.add_argument("--kind", nargs="+", default=["clean"], help="kinds of episodes to imitate")
+    clone.add_argument("--episodes", type=int, help="use at most this many episodes")
+    clone.add_argument("--updates", type=int, default=5000, help="optimiser steps")
+    clone.add_argument("--max-seconds", type=float, help="stop after this wall-clock time")
+    clone.add_argument("--batch-size", type=int, default=64)
+    clone.add_argument("--learning-rate", type=float, default=1e-3)
+    clone.add_argument("--num-flow-steps", type=int, default=10)
+    clone.add_argument("--frame-stack", type=int, default=1, help="observations per input")
+    clone.add_argument("--blind", action="store_true", help="leave the image out (control)")
+    clone.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
+    clone.add_argument("--seed", type=int, default=0)
+    clone.add_argument("--device", default="cpu")
+    clone.set_defaults(run=sft)
+
+    learn = commands.add_parser("train", help="post-train a policy with FA-GRPO", formatter_class=formatter)
+    learn.add_argument("policy", type=Path, help="folder written by `fagrpo sft`")
+    learn.add_argument("--env", default="prophet_gym:Prophet-LIBERO-v0", help="Gymnasium id, or module:id")
+    learn.add_argument("--out", type=Path, required=True, help="folder for checkpoints, TensorBoard and the policy")
+    learn.add_argument("--suite", help="argument of the environment")
+    learn.add_argument("--task", help="argument of the environment")
+    learn.add_argument("--num-envs", type=int, default=64)
+    learn.add_argument("--frame-stack", type=int, default=1, help="as in `fagrpo sft`")
+    learn.add_argument("--steps", type=int, default=50_000, help="environment steps in total")
+    learn.add_argument("--group-size", type=int, default=8)
+    learn.add_argument("--batch-size", type=int, default=256)
+    learn.add_argument("--epochs", type=int, default=2)
+    learn.add_argument("--learning-rate", type=float, default=5e-5)
+    learn.add_argument("--ratio", choices=RATIOS, default="chunk")
+    learn.add_argument("--flow-scale", choices=FLOW_SCALES, default="paper")
+    learn.add_argument("--flow-scale-placement", choices=PLACEMENTS, default="advantage")
+    learn.add_argument("--noise-level", type=float, default=0.5)
+    learn.add_argument("--kl-coef", type=float, default=0.0)
+    learn.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
+    learn.add_argument("--seed", type=int, default=0)
+    learn.add_argument("--device", default="auto")
+    learn.add_argument("--quiet", action="store_true", help="no progress bar")
+    learn.set_defaults(run=train)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``fagrpo`` command; user mistakes end with a message instead of a traceback."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        result: int = arguments.run(arguments)
+        return result
+    except (ValueError, FileNotFoundError) as error:
+        print(f"fagrpo {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

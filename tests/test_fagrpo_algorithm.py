@@ -1,0 +1,399 @@
+"""FAGRPO: its objective against theory, and that success rises."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
+from fagrpo.fagrpo import aggregate_log_ratio, clipped_objective
+
+SMALL: dict[str, Any] = {
+    "num_flow_steps": 4,
+    "features_extractor_kwargs": {"features_dim": 32, "vector_dim": 32},
+    "flow_head_kwargs": {"width": 32, "hidden": 64, "num_blocks": 1},
+}
+
+
+class PointReach(gym.Env):
+    """Reach a random goal in the plane with chunks of four velocities; reward 1 at the goal, else 0."""
+
+    observation_space = spaces.Box(-4, 4, (4,), np.float32)
+    action_space = spaces.Box(-1, 1, (4, 2), np.float32)
+
+    def __init__(self, horizon: int = 3, radius: float = 0.1) -> None:
+        self.horizon, self.radius = horizon, radius
+
+    def observe(self) -> np.ndarray:
+        return np.concatenate([self.position, self.goal]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.position, self.goal = self.np_random.uniform(-1, 1, (2, 2))
+        self.time = 0
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.position = self.position + 0.25 * np.asarray(action, dtype=np.float64).sum(axis=0)
+        self.time += 1
+        success = bool(np.linalg.norm(self.position - self.goal) < self.radius)
+        return (
+            self.observe(),
+            float(success),
+            success,
+            self.time >= self.horizon and not success,
+            {"is_success": success},
+        )
+
+
+def point_demonstrations(count: int, bias: float, noise: float) -> Demonstrations:
+    """An expert that misses by ``bias`` and trembles."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (count, 4)).astype(np.float32)
+    chunk = (obs[:, None, 2:] + bias - obs[:, None, :2]).repeat(4, axis=1)
+    actions = np.clip(chunk + noise * rng.normal(size=chunk.shape), -1, 1).astype(np.float32)
+    return Demonstrations(obs, actions, np.arange(count) // 3)
+
+
+def point_envs(count: int, **arguments: Any) -> VecMonitor:
+    return VecMonitor(DummyVecEnv([lambda: PointReach(**arguments) for _ in range(count)]))
+
+
+@pytest.fixture(scope="module")
+def cloned() -> FlowPolicy:
+    torch.manual_seed(0)
+    policy = FlowPolicy(PointReach.observation_space, PointReach.action_space, **SMALL)
+    behaviour_cloning(
+        policy,
+        point_demonstrations(3000, bias=0.07, noise=0.3),
+        num_updates=300,
+        batch_size=64,
+        flow_samples=2,
+        learning_rate=3e-3,
+        ema_decay=0.98,
+        progress_bar=False,
+    )
+    return policy
+
+
+class Recorder(KVWriter):
+    """Keeps every dump of an SB3 logger."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+def train(
+    policy: FlowPolicy, updates: int, num_envs: int = 16, **arguments: Any
+) -> tuple[FAGRPO, list[dict[str, Any]]]:
+    settings: dict[str, Any] = {"group_size": 8, "seed": 0, "device": "cpu", "max_episode_steps": 3} | arguments
+    model = FAGRPO(policy, point_envs(num_envs), **settings)
+    recorder = Recorder()
+    model.set_logger(Logger(None, [recorder]))
+    for _ in range(updates):
+        model.learn(1, reset_num_timesteps=False)
+    model.logger.dump()
+    return model, recorder.rows
+
+
+def success(policy: FlowPolicy, episodes: int = 200) -> float:
+    """Deterministic success on starts that training never uses (episodes side by side)."""
+    envs = [PointReach() for _ in range(episodes)]
+    obs = np.stack([env.reset(seed=10**6 + i)[0] for i, env in enumerate(envs)])
+    solved = np.zeros(episodes, dtype=bool)
+    for _ in range(3):
+        actions, _ = policy.predict(obs, deterministic=True)
+        for i, env in enumerate(envs):
+            if not solved[i]:
+                obs[i], _, solved[i], _, _ = env.step(actions[i])
+    return float(solved.mean())
+
+
+def test_success_rises_on_unseen_starts(cloned: FlowPolicy) -> None:
+    before = success(cloned)
+    model, _ = train(cloned, 25, num_envs=64, learning_rate=5e-4, n_epochs=2, batch_size=128)
+    after = success(model.policy)
+    assert before < 0.85, "the cloned policy leaves no room"
+    assert after > before + 0.1
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, None])
+@pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
+def test_the_first_ratio_is_one(cloned: FlowPolicy, ratio: str, batch_size: int | None) -> None:
+    _, rows = train(cloned, 1, ratio=ratio, batch_size=batch_size, n_epochs=1, learning_rate=1e-6)
+    assert rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_dropout_is_reported_as_the_cause() -> None:
+    class Noisy(torch.nn.Module):
+        def __init__(self, action_shape: tuple[int, ...], context_dim: int) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(context_dim, int(np.prod(action_shape)))
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(self.layer(context), 0.5).reshape(x_t.shape)
+
+    policy = FlowPolicy(PointReach.observation_space, PointReach.action_space, flow_head_class=Noisy, num_flow_steps=3)
+    model = FAGRPO(policy, point_envs(8, radius=1.0), seed=0, max_episode_steps=3)
+    with pytest.warns(UserWarning, match="dropout"):
+        model.learn(200)
+
+
+def test_all_ratios_share_the_first_gradient_and_the_placements_too(cloned: FlowPolicy) -> None:
+    gradients = {}
+    for ratio in ("chunk", "dim", "flow_step"):
+        for placement in ("advantage", "log_prob"):
+            model, _ = train(
+                cloned, 1, ratio=ratio, flow_scale_placement=placement, learning_rate=0.0, batch_size=None, n_epochs=1
+            )
+            samples = model.rollout_buffer.samples
+            assert samples is not None and len(samples) > 0
+            model._accumulate_gradients(samples, model._flow_scale_weights(samples.chain), 0.2, 0.2)
+            gradients[ratio, placement] = torch.cat([p.grad.flatten() for p in model.policy.parameters()])  # type: ignore[union-attr]
+    first = gradients["chunk", "advantage"]
+    for key, gradient in gradients.items():
+        assert float((gradient - first).norm() / first.norm()) < 1e-3, key
+
+
+def test_micro_batches_accumulate_to_the_same_gradient(cloned: FlowPolicy) -> None:
+    model, _ = train(cloned, 1, kl_coef=0.1, learning_rate=1e-3)
+    samples = model.rollout_buffer.samples
+    assert samples is not None
+    gradients = []
+    for size in (None, 5):
+        model.micro_batch_size = size
+        values, norms = model._accumulate_gradients(samples, model._flow_scale_weights(samples.chain), 0.2, 0.2)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.policy.parameters()]))  # type: ignore[union-attr]
+    assert values["kl_loss"] > 0 and len(norms) == 4
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_is_the_policy_gradient_of_a_linear_gaussian_problem() -> None:
+    """One flow step from known noise: a = -b + a_noise eps, reward -(a - 1)^2; the gradient in b is known."""
+
+    class Bias(torch.nn.Module):
+        def __init__(self, action_shape: tuple[int, ...], context_dim: int) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(action_shape))
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return x_t + self.bias  # cancels the initial noise but for the SDE's own correction
+
+    space = spaces.Box(-10, 10, (1,), np.float32)
+    policy = FlowPolicy(space, space, **SMALL | {"flow_head_class": Bias, "flow_head_kwargs": {}, "num_flow_steps": 1})
+    policy.set_action_statistics(torch.zeros(1), torch.ones(1))
+    count, a = 40_000, 0.3
+    chain = policy.sample(torch.zeros(count, 1), a, generator=torch.Generator().manual_seed(0))
+    # t = 1, delta = 1: mean = x (1 - a^2 / 2) - (x + b) = -a^2 / 2 x - b, std = a. For the return -(action - 1)^2,
+    # d E / d b = -2 E[(action - 1) d action / d b] = 2 (mean - 1) = -2 at b = 0.
+    returns = -(chain.sample.flatten() - 1).square()
+    advantages = returns - returns.mean()
+    from fagrpo.rollout_buffer import GroupRolloutSamples
+
+    env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    model = FAGRPO("FlowPolicy", env, group_size=2, flow_scale="none", noise_level=a, seed=0)
+    model.policy = policy
+    samples = GroupRolloutSamples(torch.zeros(count, 1), chain, advantages, torch.ones(count, 1, dtype=torch.bool))
+    model._accumulate_gradients(samples, torch.ones(1), 0.2, 0.2)
+    gradient = policy.flow_head.bias.grad  # of the loss, the negative objective
+    assert gradient is not None and float(gradient) == pytest.approx(2.0, rel=0.04)
+
+
+def test_clipping_table() -> None:
+    rows = [  # ratio, advantage, low, high, dual clip -> objective
+        (1.0, 2.0, 0.2, 0.2, None, 2.0),
+        (1.5, 2.0, 0.2, 0.2, None, 2.4),
+        (1.5, 2.0, 0.2, 0.4, None, 2.8),
+        (0.5, 2.0, 0.2, 0.2, None, 1.0),
+        (1.5, -2.0, 0.2, 0.2, None, -3.0),
+        (0.5, -2.0, 0.2, 0.2, None, -1.6),
+        (0.5, -2.0, 0.4, 0.2, None, -1.2),
+        (9.0, -2.0, 0.2, 0.2, 3.0, -6.0),
+        (9.0, 2.0, 0.2, 0.2, 3.0, 2.4),
+    ]
+    for ratio, advantage, low, high, dual, expected in rows:
+        value = clipped_objective(torch.tensor(ratio).log(), torch.tensor(advantage), low, high, dual)
+        assert float(value) == pytest.approx(expected, rel=1e-5), (ratio, advantage, low, high, dual)
+
+
+@pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
+def test_masked_entries_do_not_count(ratio: str) -> None:
+    difference = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(5, 4, 2, dtype=torch.bool)
+    mask[1, 2:] = False
+    mask[:, :, 1] = False
+    weights = torch.tensor([0.5, 1.0, 1.5])
+    changed = torch.where(mask, difference, torch.full_like(difference, 100.0))
+    for placement in ("advantage", "log_prob"):
+        expected = aggregate_log_ratio(difference, weights, mask, ratio, placement)
+        torch.testing.assert_close(aggregate_log_ratio(changed, weights, mask, ratio, placement), expected)
+    kept = torch.where(mask, difference, 0.0)
+    shapes = {"chunk": kept.sum((0, 2, 3)), "dim": kept.sum(0), "flow_step": kept.sum((2, 3))}
+    torch.testing.assert_close(aggregate_log_ratio(difference, weights, mask, ratio, "advantage"), shapes[ratio])
+
+
+def test_actions_that_were_not_executed_are_masked(cloned: FlowPolicy) -> None:
+    class Interrupted(PointReach):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            obs, reward, terminated, truncated, info = super().step(action)
+            return obs, reward, terminated, truncated, {**info, "executed_actions": 3}
+
+    mask = np.array([[True, False]] * 4)
+    model = FAGRPO(cloned, DummyVecEnv([Interrupted for _ in range(16)]), action_mask=mask, seed=0, max_episode_steps=3)
+    model.learn(1)
+    samples = model.rollout_buffer.samples
+    assert samples is not None and len(samples) > 0
+    assert samples.action_mask.tolist() == [[[True, False]] * 3 + [[False, False]]] * len(samples)
+
+
+def test_constant_groups_leave_the_parameters_bit_identical(cloned: FlowPolicy) -> None:
+    model = FAGRPO(cloned, point_envs(8, radius=0.0), seed=0, kl_coef=0.1, max_episode_steps=3)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    model.learn(50)
+    assert all(torch.equal(value, before[key]) for key, value in model.policy.state_dict().items())
+    assert model._n_updates == 0
+
+
+def test_the_kl_penalty_holds_the_policy_back(cloned: FlowPolicy) -> None:
+    distances = []
+    for kl_coef in (0.0, 100.0):
+        model, _ = train(cloned, 3, kl_coef=kl_coef, learning_rate=1e-3, max_grad_norm=1e9)
+        pairs = zip(model.policy.parameters(), cloned.parameters(), strict=True)
+        distances.append(sum(float((a - b).detach().square().sum()) for a, b in pairs))
+    assert distances[1] < distances[0]
+
+
+def test_target_kl_stops_an_update_early(cloned: FlowPolicy) -> None:
+    free, _ = train(cloned, 1, n_epochs=10, batch_size=8, learning_rate=1e-2, max_grad_norm=1e9)
+    stopped, _ = train(cloned, 1, n_epochs=10, batch_size=8, learning_rate=1e-2, max_grad_norm=1e9, target_kl=1e-3)
+    assert stopped._n_updates < free._n_updates == 10
+
+
+@pytest.mark.parametrize("flow_scale", ["none", "paper", "equalizing"])
+def test_what_is_logged(cloned: FlowPolicy, flow_scale: str) -> None:
+    _, rows = train(cloned, 2, flow_scale=flow_scale, kl_coef=0.01, sde_window=None)
+    row = rows[-1]
+    names = {"rollout/group_success_std", "rollout/informative_groups", "rollout/success_rate", "rollout/ep_rew_mean"}
+    assert names <= set().union(*rows)
+    for name in (
+        "loss",
+        "policy_loss",
+        "kl_loss",
+        "approx_kl",
+        "clip_fraction",
+        "clip_range",
+        "learning_rate",
+        "grad_norm",
+    ):
+        assert np.isfinite(row[f"train/{name}"]), name
+    weights = [row[f"train/flow_scale_w_{k}"] for k in range(4)]
+    assert np.mean(weights) == pytest.approx(1.0, abs=1e-5)
+    assert all(row[f"train/flow_step_grad_norm_{k}"] > 0 for k in range(4))
+
+
+def test_a_window_of_stochastic_steps(cloned: FlowPolicy) -> None:
+    model, rows = train(cloned, 1, sde_window=2, batch_size=None, n_epochs=1)
+    samples = model.rollout_buffer.samples
+    assert samples is not None and len(samples.chain.sde_steps) == 2
+    assert rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_demonstrations_regularise(cloned: FlowPolicy) -> None:
+    data = point_demonstrations(100, 0.07, 0.3)
+    _, rows = train(cloned, 1, bc_coef=0.5, demonstrations=data)
+    assert rows[-1]["train/bc_loss"] > 0
+    with pytest.raises(ValueError, match="needs demonstrations"):
+        FAGRPO(cloned, point_envs(8), bc_coef=0.5)
+
+
+class StartRecorder(PointReach):
+    """Remembers the start of each episode that was acted in."""
+
+    starts: list[tuple[float, ...]]
+
+    def __init__(self) -> None:
+        super().__init__(horizon=2, radius=0.0)
+        self.starts = []
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        if self.time == 0:
+            self.starts.append(tuple(self.observe().tolist()))
+        return super().step(action)
+
+
+def collected_starts(num_envs: int, **arguments: Any) -> Iterator[list[tuple[float, ...]]]:
+    envs = [StartRecorder() for _ in range(num_envs)]
+    waiting = iter(envs)
+    model = FAGRPO(
+        "FlowPolicy", DummyVecEnv([lambda: next(waiting)] * num_envs), policy_kwargs=SMALL, seed=0, **arguments
+    )
+    model.learn(1)
+    for env in envs:
+        yield env.starts
+
+
+def test_a_group_shares_its_start_and_groups_differ() -> None:
+    starts = [starts[0] for starts in collected_starts(8, group_size=4)]
+    assert len(set(starts[:4])) == len(set(starts[4:])) == 1 and starts[0] != starts[4]
+
+
+def test_fewer_environments_than_a_group_take_turns() -> None:
+    starts = list(collected_starts(2, group_size=4, n_groups=2))
+    assert starts[0] == starts[1] and len(starts[0]) == 4
+    assert starts[0][0] == starts[0][1] != starts[0][2] == starts[0][3]
+
+
+def test_one_environment_repeats_a_start_over_consecutive_episodes() -> None:
+    (starts,) = collected_starts(1, group_size=3, n_groups=2)
+    assert len(starts) == 6 and len(set(starts[:3])) == len(set(starts[3:])) == 1 and starts[0] != starts[3]
+    (starts,) = collected_starts(1, group_size=3, n_steps=12)
+    assert len(starts) == 6 and len(set(starts[:3])) == len(set(starts[3:])) == 1 and starts[0] != starts[3]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 4, 6])
+def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
+    model = FAGRPO("FlowPolicy", point_envs(num_envs), group_size=4, n_steps=10, policy_kwargs=SMALL, seed=0)
+    model.learn(20 * num_envs)
+    assert model.num_timesteps == 20 * num_envs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ratio": "token"}, "chunk, dim, flow_step"),
+        ({"flow_scale": "yes"}, "none, paper, equalizing"),
+        ({"flow_scale_placement": "loss"}, "advantage, log_prob"),
+        ({"advantage": "gae"}, "episode, step"),
+        ({"noise_schedule": "cosine"}, "flow, constant"),
+        ({"noise_level": 0.0}, "noise_level"),
+        ({"group_size": 1}, "group_size"),
+        ({"n_epochs": 0}, "n_epochs"),
+        ({"dual_clip": 0.5}, "dual_clip"),
+        ({"group_size": 5}, "do not divide"),
+        ({"sde_window": 11}, "sde_window"),
+        ({"action_mask": np.ones(3)}, "action_mask"),
+    ],
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FAGRPO("FlowPolicy", point_envs(8), **arguments)
+
+
+def test_a_policy_for_other_spaces_is_refused(cloned: FlowPolicy) -> None:
+    with pytest.raises(ValueError, match="does not fit the environment"):
+        FAGRPO(cloned, "Pendulum-v1", group_size=2)
+    with pytest.raises(ValueError, match="one or the other"):
+        FAGRPO(cloned, point_envs(8), policy_kwargs={})

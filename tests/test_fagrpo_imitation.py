@@ -1,0 +1,219 @@
+"""Behaviour cloning: it learns, it resumes, it refuses what does not fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+
+from fagrpo import Demonstrations, FlowPolicy, behaviour_cloning
+from fagrpo.imitation import color_jitter, flow_matching_loss, random_shift, set_statistics
+
+SMALL = {
+    "num_flow_steps": 4,
+    "features_extractor_kwargs": {"features_dim": 32, "vector_dim": 32},
+    "flow_head_kwargs": {"width": 32, "hidden": 64, "num_blocks": 1},
+}
+OBSERVATION, ACTION = spaces.Box(-3, 3, (3,), np.float32), spaces.Box(-1, 1, (2, 2), np.float32)
+
+
+def linear_demonstrations(count: int = 600) -> Demonstrations:
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (count, 3)).astype(np.float32)
+    mixing = rng.uniform(-0.4, 0.4, (3, 4))
+    return Demonstrations(obs, (obs @ mixing).reshape(count, 2, 2).astype(np.float32), np.arange(count) // 10)
+
+
+def make_policy() -> FlowPolicy:
+    torch.manual_seed(0)
+    return FlowPolicy(OBSERVATION, ACTION, **SMALL)
+
+
+def clone(policy: FlowPolicy, **arguments: object) -> object:
+    settings = {"batch_size": 32, "num_updates": 150, "validate_every": 50, "warmup_updates": 10}
+    settings |= {"learning_rate": 3e-3, "ema_decay": 0.95, "progress_bar": False, **arguments}
+    return behaviour_cloning(policy, linear_demonstrations(), **settings)  # type: ignore[arg-type]
+
+
+def test_it_learns_and_keeps_the_best_average() -> None:
+    policy = make_policy()
+    data = linear_demonstrations()
+    result = clone(policy)
+    predicted, _ = policy.predict(data.observations, deterministic=True)
+    error = np.abs(predicted - data.actions).mean()
+    assert error < 0.2 * np.abs(data.actions).mean()
+    losses = [entry["validation_loss"] for entry in result.history]  # type: ignore[attr-defined]
+    assert result.best_validation_loss == min(losses)  # type: ignore[attr-defined]
+    assert not policy.training
+
+
+def test_statistics_are_stored_in_the_policy() -> None:
+    policy, data = make_policy(), linear_demonstrations()
+    set_statistics(policy, data)
+    x = policy.normalize_action(torch.as_tensor(data.actions)).flatten(0, 1)
+    torch.testing.assert_close(x.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        policy.unnormalize_action(policy.normalize_action(torch.ones(1, 2, 2))), torch.ones(1, 2, 2)
+    )
+    constant = Demonstrations(data.observations, np.zeros_like(data.actions), data.episode_ids)
+    set_statistics(policy, constant)
+    assert float(policy.action_std.min()) == pytest.approx(0.01)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole, parts = make_policy(), make_policy()
+    clone(whole, num_updates=100)
+    path = tmp_path / "state.safetensors"
+
+    class KilledError(Exception):
+        pass
+
+    original = torch.optim.AdamW.step
+    count = 0
+
+    def dying(self: torch.optim.AdamW, *arguments: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 71:
+            raise KilledError
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dying)
+        with pytest.raises(KilledError):
+            clone(parts, num_updates=100, checkpoint=path)
+    resumed = make_policy()
+    result = clone(resumed, num_updates=100, checkpoint=path)
+    assert [entry["update"] for entry in result.history] == [50, 100]  # type: ignore[attr-defined]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    clone(make_policy(), num_updates=50, checkpoint=path)
+    with pytest.raises(ValueError, match="same settings"):
+        clone(make_policy(), num_updates=50, checkpoint=path, seed=1)
+    data = path.read_bytes()
+    path.write_bytes(data[:100])
+    with pytest.raises(ValueError, match="not a complete training checkpoint"):
+        clone(make_policy(), num_updates=50, checkpoint=path)
+
+
+def test_early_stopping_and_no_validation() -> None:
+    result = clone(make_policy(), num_updates=500, validate_every=10, patience=1, learning_rate=0.0)
+    assert result.num_updates == 20  # type: ignore[attr-defined]
+    result = clone(make_policy(), num_updates=50, validation_fraction=0.0)
+    assert result.best_update == 50  # type: ignore[attr-defined]
+
+
+def test_the_loss_of_the_true_velocity_is_zero() -> None:
+    class Oracle(torch.nn.Module):
+        """Knows that every action is 0.3 in flow units."""
+
+        def __init__(self, action_shape: tuple[int, ...], context_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            return (x_t - 0.3) / t.reshape(-1, 1, 1)
+
+    policy = FlowPolicy(
+        OBSERVATION, ACTION, flow_head_class=Oracle, **{"features_extractor_kwargs": SMALL["features_extractor_kwargs"]}
+    )
+    loss = flow_matching_loss(policy, torch.zeros(8, 3), torch.full((8, 2, 2), 0.3))
+    assert float(loss) < 1e-10
+
+
+def test_augmentation_keeps_shape_type_and_content() -> None:
+    images = torch.arange(2 * 3 * 32 * 32, dtype=torch.int64).reshape(2, 3, 32, 32).remainder(251).to(torch.uint8)
+    assert torch.equal(random_shift(images, 0), images)
+    shifted = random_shift(images, 4, torch.Generator().manual_seed(3))
+    assert shifted.shape == images.shape and shifted.dtype == torch.uint8
+    assert any(
+        torch.equal(shifted[0, :, 4:-4, 4:-4], images[0, :, 4 + dy : 28 + dy, 4 + dx : 28 + dx])
+        for dy in range(-4, 5)
+        for dx in range(-4, 5)
+    )
+    jittered = color_jitter(images, 0.1)
+    assert jittered.dtype == torch.uint8 and (jittered.float() - images.float()).abs().max() < 30
+    assert torch.equal(color_jitter(images, 0.0), images)
+
+
+def test_stacked_demonstrations_look_like_vec_frame_stack() -> None:
+    class Counter(gym.Env):
+        observation_space = spaces.Dict(
+            image=spaces.Box(0, 255, (40, 40, 3), np.uint8), proprio=spaces.Box(-9, 9, (2,), np.float32)
+        )
+        action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+        def observe(self) -> dict[str, np.ndarray]:
+            return {
+                "image": np.full((40, 40, 3), 10 * self.time + 1, np.uint8),
+                "proprio": np.array([self.time + 1, -1], np.float32),
+            }
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+            self.time = 0
+            return self.observe(), {}
+
+        def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+            self.time += 1
+            return self.observe(), 0.0, self.time == 4, False, {}
+
+    plain, stacked = Counter(), VecFrameStack(DummyVecEnv([Counter]), 3)
+    rows, expected = [], []
+    obs, _ = plain.reset()
+    stacked_obs = stacked.reset()
+    for episode in range(2):
+        done = False
+        while not done:
+            rows.append((obs, episode))
+            expected.append({key: value[0].copy() for key, value in stacked_obs.items()})
+            obs, _, done, _, _ = plain.step(np.zeros(1))
+            stacked_obs, _, _, _ = stacked.step(np.zeros((1, 1)))
+        obs, _ = plain.reset()
+    demonstrations = Demonstrations(
+        {key: np.stack([obs[key] for obs, _ in rows]) for key in ("image", "proprio")},
+        np.zeros((len(rows), 1), np.float32),
+        np.array([episode for _, episode in rows]),
+    ).stack_frames(3)
+    for key in ("image", "proprio"):
+        np.testing.assert_array_equal(
+            demonstrations.observations[key],  # type: ignore[call-overload, index]
+            np.stack([row[key] for row in expected]),
+        )
+
+
+def broken_length(data: Demonstrations) -> Demonstrations:
+    return Demonstrations(data.observations[:-1], data.actions, data.episode_ids)  # type: ignore[index]
+
+
+def broken_value(data: Demonstrations) -> Demonstrations:
+    return Demonstrations(data.observations, np.full_like(data.actions, np.nan), data.episode_ids)
+
+
+def empty(data: Demonstrations) -> Demonstrations:
+    return data.rows(np.zeros(0, dtype=np.int64))
+
+
+@pytest.mark.parametrize("breaking", [broken_length, broken_value, empty])
+def test_bad_demonstrations(breaking: Callable[[Demonstrations], Demonstrations]) -> None:
+    with pytest.raises(ValueError, match=r"rows|NaN|no demonstrations"):
+        breaking(linear_demonstrations())
+
+
+def test_demonstrations_that_do_not_fit_the_policy() -> None:
+    data = linear_demonstrations()
+    wrong = Demonstrations(data.observations, data.actions[:, :1], data.episode_ids)
+    with pytest.raises(ValueError, match="actions have shape"):
+        behaviour_cloning(make_policy(), wrong, progress_bar=False)
+    with pytest.raises(ValueError, match="one episode"):
+        Demonstrations(data.observations, data.actions, np.zeros(len(data), int)).split(0.1, 0)
+    train, held_out = data.split(0.1, 0)
+    assert not set(data.episode_ids[train]) & set(data.episode_ids[held_out])
+    assert len(train) + len(held_out) == len(data)

@@ -1,0 +1,200 @@
+"""FlowPolicy: spaces, samplers, statistics and files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from fagrpo import FAGRPO, FlowHead, FlowPolicy
+from fagrpo.flow_sde import score_chain
+
+ROBOT = spaces.Dict(
+    image=spaces.Box(0, 255, (40, 40, 3), np.uint8),
+    proprio=spaces.Box(-np.inf, np.inf, (8,), np.float32),
+    instruction=spaces.Box(-np.inf, np.inf, (16,), np.float32),
+)
+CHUNK = spaces.Box(-1, 1, (4, 7), np.float32)
+SMALL = {
+    "num_flow_steps": 3,
+    "features_extractor_kwargs": {"features_dim": 32, "vector_dim": 16, "channels": [8, 8], "map_channels": 2},
+    "flow_head_kwargs": {"width": 32, "hidden": 32, "num_blocks": 1},
+}
+VECTOR = {**SMALL, "features_extractor_kwargs": {"features_dim": 32, "vector_dim": 16}}
+
+
+def batch(space: spaces.Dict, count: int) -> dict[str, np.ndarray]:
+    space.seed(0)
+    samples = [space.sample() for _ in range(count)]
+    return {key: np.stack([sample[key] for sample in samples]) for key in space.spaces}
+
+
+def perturb(policy: FlowPolicy) -> FlowPolicy:
+    """The last layer begins at zero; give it weights so that the policy depends on its input."""
+    torch.manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return policy
+
+
+@pytest.mark.parametrize("num_flow_steps", [1, 4])
+@pytest.mark.parametrize(
+    "action_space",
+    [CHUNK, spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)), spaces.Box(0, 1, (1,))],
+    ids=["chunk", "asymmetric", "one"],
+)
+def test_actions_lie_in_any_bounded_box(action_space: spaces.Box, num_flow_steps: int) -> None:
+    space = spaces.Box(-1, 1, (5,), np.float32)
+    policy = perturb(FlowPolicy(space, action_space, **{**VECTOR, "num_flow_steps": num_flow_steps}))
+    single, _ = policy.predict(space.sample())
+    assert single.shape == action_space.shape and action_space.contains(single.astype(action_space.dtype))
+    several, _ = policy.predict(np.stack([space.sample() for _ in range(6)]))
+    assert several.shape == (6, *action_space.shape)
+
+
+def test_deterministic_prediction_repeats_and_the_other_does_not() -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, **SMALL))
+    obs = batch(ROBOT, 3)
+    first, _ = policy.predict(obs, deterministic=True)
+    second, _ = policy.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(first, second)
+    assert np.ptp(first, axis=0).max() > 0  # the observation matters
+    assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+
+
+def test_images_come_channels_first_or_last() -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, **SMALL))
+    obs = batch(ROBOT, 2)
+    transposed = {**obs, "image": obs["image"].transpose(0, 3, 1, 2)}
+    expected, _ = policy.predict(obs, deterministic=True)
+    np.testing.assert_allclose(policy.predict(transposed, deterministic=True)[0], expected, atol=1e-5)
+    tensors = {key: torch.as_tensor(value) for key, value in obs.items()}
+    context = policy.encode({key: torch.as_tensor(value) for key, value in transposed.items()})
+    torch.testing.assert_close(policy.encode(tensors), context)
+
+
+def test_a_blind_policy_ignores_the_image_and_needs_none() -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, observation_keys=["proprio", "instruction"], **VECTOR))
+    obs = batch(ROBOT, 2)
+    expected, _ = policy.predict(obs, deterministic=True)
+    changed = {**obs, "image": 255 - obs["image"]}
+    np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
+    del changed["image"]
+    np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
+
+
+def test_bad_arguments_say_what_is_valid() -> None:
+    with pytest.raises(ValueError, match="image, instruction, proprio"):
+        FlowPolicy(ROBOT, CHUNK, observation_keys=["camera"])
+    with pytest.raises(ValueError, match="no keys"):
+        FlowPolicy(spaces.Box(-1, 1, (3,)), CHUNK, observation_keys=["proprio"])
+    with pytest.raises(ValueError, match="Box action space"):
+        FlowPolicy(ROBOT, spaces.Discrete(3))
+    with pytest.raises(ValueError, match="finite bounds"):
+        FlowPolicy(ROBOT, spaces.Box(-np.inf, np.inf, (3,)))
+    with pytest.raises(ValueError, match="num_flow_steps"):
+        FlowPolicy(ROBOT, CHUNK, num_flow_steps=0)
+    tiny = spaces.Dict(image=spaces.Box(0, 255, (16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match="32x32"):
+        FlowPolicy(tiny, CHUNK)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_rows_do_not_depend_on_each_other_and_scores_reproduce(count: int) -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, **SMALL))
+    obs = {key: torch.as_tensor(value) for key, value in batch(ROBOT, 8).items()}
+    chain = policy.sample(obs, 0.5, generator=torch.Generator().manual_seed(0))
+    part = {key: value[:count] for key, value in obs.items()}
+    context = policy.encode(part)
+    scores = score_chain(lambda x, t: policy.velocity(x, t, context), chain.rows(slice(0, count)))
+    difference = (scores - chain.log_probs[:, :count]).detach().flatten(2).sum(2).sum(0)
+    assert float(difference.abs().max()) < 1e-4  # rounding of two log-densities; the algorithm compares means instead
+
+
+class ThirdPartyHead(nn.Module):
+    """What a user writes: a network of their own with a velocity."""
+
+    def __init__(self, action_shape: tuple[int, ...], context_dim: int, hidden: int = 16) -> None:
+        super().__init__()
+        size = int(np.prod(action_shape))
+        self.network = nn.Sequential(nn.Linear(size + 1 + context_dim, hidden), nn.Tanh(), nn.Linear(hidden, size))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        velocity: torch.Tensor = self.network(torch.cat([x_t.flatten(1), t[:, None], context], dim=1))
+        return velocity.reshape(x_t.shape)
+
+
+def test_a_third_party_head_is_a_policy_head() -> None:
+    assert issubclass(ThirdPartyHead, FlowHead)
+    env = gym.make("Pendulum-v1")
+    model = FAGRPO(
+        "FlowPolicy",
+        env,
+        group_size=2,
+        n_steps=8,
+        seed=0,
+        policy_kwargs={"flow_head_class": ThirdPartyHead, "flow_head_kwargs": {"hidden": 8}, "num_flow_steps": 2},
+    )
+    model.learn(16)
+    assert model.predict(env.observation_space.sample())[0].shape == (1,)
+    with pytest.raises(ValueError, match="built-in"):
+        model.policy.export_safetensors("unused")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_safetensors_round_trip(tmp_path: Path, dtype: str) -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, observation_keys=["image", "proprio"], **SMALL))
+    policy.set_action_statistics(torch.full((4, 7), 0.2), torch.full((4, 7), 0.3))
+    policy.export_safetensors(tmp_path / "policy", dtype)
+    loaded = FlowPolicy.from_safetensors(tmp_path / "policy")
+    assert loaded.observation_space == policy.observation_space and loaded.action_space == policy.action_space
+    obs = batch(ROBOT, 2)
+    tolerance = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+    expected, actual = policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
+    np.testing.assert_allclose(actual, expected, atol=tolerance)
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_same_policy_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        perturb(FlowPolicy(ROBOT, CHUNK, **SMALL)).export_safetensors(tmp_path / name)
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+def damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def config_without_spaces(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def truncated_weights(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def other_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["arguments"]["flow_head_kwargs"]["width"] = 48
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage", [damaged_config, config_without_spaces, truncated_weights, other_architecture])
+def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    FlowPolicy(ROBOT, CHUNK, **SMALL).export_safetensors(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        FlowPolicy.from_safetensors(tmp_path)
+
+
+def test_missing_files_and_unknown_dtypes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        FlowPolicy.from_safetensors(tmp_path)
+    with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+        FlowPolicy(ROBOT, CHUNK, **SMALL).export_safetensors(tmp_path, "int8")

@@ -1,0 +1,231 @@
+"""The real simulator: LIBERO-v0 against the contract, against stock robosuite, and the expert in it."""
+
+import builtins
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+
+from prophet_gym.simulators import libero as libero_module
+from prophet_gym.simulators.libero import SPLITS, LiberoEnv, task_number
+
+pytestmark = pytest.mark.libero
+NO_OP = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (8, 1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_libero():
+    pytest.importorskip("libero", reason="LIBERO is not installed")
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = LiberoEnv(suite="libero_object", task=0, split="val", max_chunks=20, render_mode="rgb_array")
+    yield env
+    env.close()
+
+
+def test_gymnasium_contract(env):
+    check_env(env, skip_render_check=True, skip_close_check=True)
+
+
+def test_reset_and_step_follow_the_contract(env):
+    observation, info = env.reset(seed=3)
+    assert env.observation_space.contains(observation)
+    assert info["instruction"] == "pick up the alphabet soup and place it in the basket"
+    assert (info["suite"], info["task"], info["seed"]) == ("libero_object", 0, 3)
+    assert info["init_state"] in SPLITS["val"] and "frames" not in info
+    observation, reward, terminated, truncated, info = env.step(NO_OP)
+    assert env.observation_space.contains(observation)
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert info["frames"].shape == (2, 96, 96, 3) and info["frames"].dtype == np.uint8
+    assert np.array_equal(info["frames"][-1], observation["image"])
+    assert np.array_equal(env.render(), observation["image"])
+    assert info["is_success"] is False and info["success_probability"] == 0.0
+
+
+def test_same_seed_and_actions_give_the_same_video(env):
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 8, 7)).astype(np.float32)
+    videos = []
+    for _ in range(2):
+        env.reset(seed=11)
+        videos.append([env.step(action)[0] for action in actions])
+    for first, again in zip(*videos, strict=True):
+        assert np.array_equal(first["image"], again["image"])
+        assert np.array_equal(first["proprio"], again["proprio"])
+
+
+def test_picture_is_upright_and_the_arm_follows_the_action(env):
+    """A motion to the robot's left (+y) moves the arm to the right of the agentview picture."""
+    env.reset(options={"init_state": 40})
+    before = env.simulation.eef_position
+    action = NO_OP.copy()
+    action[:, 1] = 1.0
+    frames = [env.step(action)[4]["frames"][-1] for _ in range(2)]
+    moved = env.simulation.eef_position - before
+    assert moved[1] > 0.1 and abs(moved[0]) < 0.03
+    still = env.reset(options={"init_state": 40})[0]["image"].astype(float)
+    change = np.abs(frames[-1].astype(float) - still).sum(axis=2)
+    gained = change[:48] > 60  # the arm is in the upper half of an upright picture
+    assert gained.sum() > 30 and gained.sum() > (change[70:] > 60).sum()
+    assert np.flatnonzero(gained.any(axis=0)).max() > 55
+
+
+def test_camera_projects_the_hand_to_where_it_is_seen(env):
+    env.reset(options={"init_state": 41})
+    camera = {name: np.array(value) for name, value in env.simulation.camera().items()}
+    world = np.append(env.simulation.eef_position, 1.0)
+    x, y, depth = camera["intrinsics"] @ (np.linalg.inv(camera["extrinsics"]) @ world)[:3]
+    assert depth > 0.3
+    assert 35 < x / depth < 61  # the arm begins in the middle
+    assert 5 < y / depth < 48
+
+
+def test_truncation_and_the_need_to_reset():
+    env = LiberoEnv(suite="libero_object", task=0, max_chunks=2)
+    with pytest.raises(ResetNeeded):
+        env.step(NO_OP)
+    env.reset(seed=0)
+    assert env.step(NO_OP)[3] is False
+    assert env.step(NO_OP)[3] is True
+    with pytest.raises(ResetNeeded):
+        env.step(NO_OP)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [np.zeros((8, 6)), np.full((8, 7), 1.1), np.full((8, 7), np.nan), np.zeros(7), np.array([["a"] * 7] * 8)],
+)
+def test_wrong_actions_raise(env, action):
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="ction"):
+        env.step(action)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suite": "libero_objects"}, "libero_spatial"),
+        ({"task": 10}, "pick_up_the_milk"),
+        ({"task": "pick_up"}, "pick_up_the_milk"),
+        ({"split": "training"}, "train"),
+        ({"max_chunks": 0}, "max_chunks"),
+        ({"render_mode": "human"}, "rgb_array"),
+    ],
+)
+def test_wrong_arguments_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LiberoEnv(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"init_state": 3}, "other splits|Other"), ({"group": 2}, "Valid options")]
+)
+def test_wrong_options_raise(env, options, message):
+    with pytest.raises(ValueError, match=message):
+        env.reset(options=options)
+
+
+def test_tasks_by_name():
+    assert task_number("libero_object", "pick_up_the_milk_and_place_it_in_the_basket") == 7
+
+
+def test_missing_libero_names_the_extra(monkeypatch):
+    real = importlib.util.find_spec
+    without = {"libero": None}
+    monkeypatch.setattr(libero_module.importlib.util, "find_spec", lambda name: without.get(name, name) and real(name))
+    with pytest.raises(ImportError, match=r'pip install "prophet-gym\[libero\]"'):
+        LiberoEnv()
+
+
+def test_missing_opengl_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def broken(name, *arguments, **keywords):
+        if name == "prophet_gym.simulators" and "libero_simulation" in (arguments[2] or ()):
+            raise OSError("libEGL.so not found")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.delitem(sys.modules, "prophet_gym.simulators.libero_simulation", raising=False)
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(RuntimeError, match="libegl1"):
+        LiberoEnv()
+
+
+def test_physics_equals_stock_robosuite(env):
+    """Our stepping computes the dynamics once a substep, robosuite three times; the trajectories must agree."""
+    env.reset(options={"init_state": 40})
+    ours = env.simulation
+    rng = np.random.default_rng(0)
+    actions = np.clip(np.cumsum(rng.normal(0, 0.15, (40, 7)), axis=0), -1, 1)
+    actions[:, 6] = np.sign(actions[:, 6])
+    ours.set_state(ours.init_states[40])
+    mine = []
+    for action in actions:
+        ours.step(action)
+        mine.append(ours.eef_position)
+    stock = ours._env
+    stock.reset()
+    stock.set_init_state(ours.init_states[40])
+    controller = stock.robots[0].controller
+    controller.new_update = True  # else the first goal uses the home pose
+    controller.update()
+    controller.reset_goal()
+    theirs = []
+    for action in actions:
+        stock.step(action)
+        stock.sim.forward()
+        theirs.append(ours.eef_position)
+    assert np.abs(np.array(mine) - np.array(theirs)).max() < 1e-6  # m
+
+
+def test_jitter_moves_objects_a_little_and_leaves_no_new_contact(env):
+    env.reset(options={"init_state": 40})
+    simulation = env.simulation
+    before = {name: simulation.geometry(name).center for name in simulation.object_names}
+    touching = simulation._touching()
+    simulation.jitter_objects(0.03, np.random.default_rng(0))
+    shifts = np.array([simulation.geometry(name).center - before[name] for name in simulation.object_names])
+    assert (np.abs(shifts[:, :2]) <= 0.03 + 1e-9).all() and np.abs(shifts[:, :2]).max() > 0.01
+    assert np.allclose(shifts[:, 2], 0.0)
+    assert simulation._touching() <= touching
+
+
+def test_clean_expert_succeeds_and_the_episode_is_recorded_whole(env):
+    from prophet_gym.simulators.recording import COUNTERFACTUALS, EpisodePlan, record_episode
+
+    env.reset(options={"init_state": 40})
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=40, recipe="clean", jitter=False, seed=1)
+    episode = record_episode(env.simulation, plan)
+    assert episode.outcome
+    assert episode.frames.shape == (41, 96, 96, 3)
+    assert episode.actions.shape == (40, 4, 7)
+    again = record_episode(env.simulation, plan)
+    assert np.array_equal(episode.actions, again.actions)
+    assert np.array_equal(episode.frames, again.frames)
+    for recipe in COUNTERFACTUALS:
+        counterfactual = EpisodePlan(0, 0, "val", 40, recipe, False, 1)
+        assert record_episode(env.simulation, counterfactual).kind == "counterfactual"
+
+
+def test_spatial_suite_terminates_with_reward_one():
+    from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace
+
+    env = LiberoEnv(suite="libero_spatial", task=2, split="val")
+    _, info = env.reset(seed=0, options={"init_state": 40})
+    expert = PickAndPlace(env.simulation, NOISE_RECIPES["clean"], np.random.default_rng(0))
+    actions = []
+    for _ in range(160):
+        actions.append(expert.act())
+        env.simulation.step(actions[-1].astype(float))
+    env.reset(options={"init_state": 40})
+    for chunk in np.array(actions).reshape(20, 8, 7):
+        _, reward, terminated, truncated, info = env.step(chunk)
+        if terminated or truncated:
+            break
+    assert terminated and reward == 1.0 and info["is_success"] is True and not truncated
+    env.close()

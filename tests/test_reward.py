@@ -1,0 +1,95 @@
+"""The success classifier: shapes, training on an easy rule, calibration, threshold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.lerobot_format import EpisodeRecord
+from prophet_gym.reward.success_classifier import SuccessClassifier
+from prophet_gym.reward.training import (
+    MAX_FALSE_SUCCESS_RATE,
+    choose_threshold,
+    episode_metrics,
+    episode_peaks,
+    train_success_classifier,
+)
+
+INSTRUCTION = "pick up the milk and place it in the basket"
+
+
+def episodes(count: int, length: int = 7, seed: int = 0) -> EpisodeArrays:
+    """Half of the episodes end with a red square in the corner: success from the frame where it appears."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 60, (count, length, 96, 96, 3), dtype=np.uint8)
+    success = np.zeros((count, length), bool)
+    success[::2, length // 2 :] = True
+    frames[success, :32, :32] = (250, 20, 20)
+    records = tuple(
+        EpisodeRecord(
+            episode_index=index, length=length, split="train", kind="clean", suite="libero_object", task=0, init_state=0,
+            seed=0, success=bool(success[index, -1]), instruction=INSTRUCTION, robot="panda",
+        )  # fmt: skip
+        for index in range(count)
+    )
+    return EpisodeArrays(
+        frames=torch.from_numpy(frames).flatten(0, 1),
+        proprio=torch.zeros(count * length, 8),
+        actions=torch.zeros(count * length, 4, 7),
+        success=torch.from_numpy(success).flatten(),
+        starts=torch.arange(count) * length,
+        lengths=torch.full((count,), length),
+        records=records,
+    )
+
+
+def test_score_looks_at_the_start_and_the_valid_end() -> None:
+    classifier = SuccessClassifier.tiny_random()
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 6, 96, 96, 3), dtype=np.uint8)
+    lengths, embeddings = np.array([1, 4, 6]), rng.normal(size=(3, 384)).astype(np.float32)
+    scores = classifier.score(frames, lengths, [INSTRUCTION] * 3, embeddings)
+    assert scores.shape == (3,) and scores.dtype == np.float32 and ((scores >= 0) & (scores <= 1)).all()
+    changed = frames.copy()
+    changed[1, 4:] = 0  # beyond the end
+    np.testing.assert_array_equal(scores, classifier.score(changed, lengths, [INSTRUCTION] * 3, embeddings))
+    changed[1, 3] = 0
+    assert scores[1] != classifier.score(changed, lengths, [INSTRUCTION] * 3, embeddings)[1]
+
+
+def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
+    classifier, metrics = train_success_classifier(episodes(16), episodes(12, seed=1), tmp_path, steps=40, batch_size=16)
+    assert metrics["accuracy"] == 1.0 and metrics["frame_auroc"] > 0.99
+    loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
+    assert loaded.threshold == classifier.threshold == metrics["threshold"]
+    assert torch.equal(loaded.logit_scale, classifier.logit_scale)
+
+
+def test_peaks_are_taken_at_the_ends_of_chunks() -> None:
+    arrays = episodes(2)
+    probability = torch.zeros(14)
+    probability[1] = 0.9  # in the middle of the first chunk: an environment does not look there
+    probability[7 + 4] = 0.8
+    peaks, solved = episode_peaks(arrays, probability)
+    np.testing.assert_allclose(peaks, [0.0, 0.8], rtol=1e-6)
+    assert solved.tolist() == [True, False]
+
+
+@given(hnp.arrays(np.float64, st.integers(10, 200), elements=st.floats(0, 0.99)), st.randoms())
+def test_the_threshold_lets_few_failures_pass(peak: np.ndarray, random: object) -> None:
+    solved = np.arange(len(peak)) % 3 == 0
+    threshold = choose_threshold(peak, solved)
+    assert 0.5 <= threshold < 1
+    assert (peak[~solved] >= threshold).mean() <= MAX_FALSE_SUCCESS_RATE
+
+
+def test_episode_metrics_on_a_known_table() -> None:
+    peak, solved = np.array([0.9, 0.6, 0.2, 0.8]), np.array([True, True, False, False])
+    metrics = episode_metrics(peak, solved, 0.7)
+    assert metrics["accuracy"] == 0.5 and metrics["recall"] == 0.5 and metrics["false_success_rate"] == 0.5
+    assert metrics["auroc"] == pytest.approx(0.75)

@@ -1,0 +1,272 @@
+"""The world model: shapes, conditioning, streams of randomness, saving, and a short training that resumes exactly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CosmosTransformer3DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.training import fit
+from prophet_gym.world_model import (
+    ProphetAutoencoder,
+    ProphetPipeline,
+    ProphetTransformer3DModel,
+    ProprioceptionModel,
+)
+from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
+from prophet_gym.world_model.training import (
+    _moving_crops,
+    autoencoder_loss,
+    proprioception_loss,
+    train,
+    transformer_loss,
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> ProphetPipeline:
+    return ProphetPipeline.tiny_random()
+
+
+def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, 96, 96, 3), generator=generator, dtype=torch.uint8)
+    proprio = 0.1 * torch.randn(batch, 8, generator=generator)
+    actions = 2 * torch.rand(batch, 8, 7, generator=generator) - 1
+    return images, proprio, actions
+
+
+def generators(batch: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + row) for row in range(batch)]
+
+
+def episodes(count: int, length: int = 9, seed: int = 0) -> EpisodeArrays:
+    """A bright square that moves with the first action: a world small enough to learn."""
+    rng = np.random.default_rng(seed)
+    frames = np.full((count, length, 96, 96, 3), 40, np.uint8)
+    actions = rng.uniform(-1, 1, (count, length, 4, 7)).astype(np.float32)
+    proprio = np.zeros((count, length, 8), np.float32)
+    for episode in range(count):
+        column = 40.0
+        for k in range(length):
+            left = int(np.clip(column, 0, 80))
+            frames[episode, k, 40:56, left : left + 16] = (220, 80, 40)
+            proprio[episode, k, 0] = column / 100
+            column += 4 * float(actions[episode, k, :, 0].sum())
+    return EpisodeArrays(
+        frames=torch.from_numpy(frames).flatten(0, 1),
+        proprio=torch.from_numpy(proprio).flatten(0, 1),
+        actions=torch.from_numpy(actions).flatten(0, 1),
+        success=torch.zeros(count * length, dtype=torch.bool),
+        starts=torch.arange(count) * length,
+        lengths=torch.full((count,), length),
+        records=(),
+    )
+
+
+def test_a_chunk_has_the_promised_shapes_and_types(pipeline: ProphetPipeline) -> None:
+    images, proprio, actions = inputs(3)
+    history = pipeline.init_history(images)
+    chunk = pipeline.imagine(history, proprio, actions, generators(3))
+    assert chunk.frames.shape == (3, 2, 96, 96, 3) and chunk.frames.dtype == torch.uint8
+    assert chunk.history.shape == history.shape and chunk.proprio.shape == (3, 8)
+    assert chunk.proprio.dtype == torch.float32
+
+
+def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
+    images, proprio, actions = inputs(2)
+    history = pipeline.init_history(images)
+    one = pipeline.imagine(history, proprio, actions, generators(2)).history
+    other = pipeline.imagine(history, proprio, -actions, generators(2)).history
+    assert (one - other).abs().max() > 1e-4
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch=st.integers(1, 5), row=st.integers(0, 4), steps=st.integers(1, 3))
+def test_a_row_does_not_depend_on_its_neighbours(
+    pipeline: ProphetPipeline, batch: int, row: int, steps: int
+) -> None:
+    row %= batch
+    images, proprio, actions = inputs(batch)
+    history = pipeline.init_history(images)
+    together = pipeline.imagine(history, proprio, actions, generators(batch), steps)
+    one = slice(row, row + 1)
+    alone = pipeline.imagine(history[one], proprio[one], actions[one], generators(batch)[one], steps)
+    torch.testing.assert_close(together.history[one], alone.history, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.proprio[one], alone.proprio)
+
+
+def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
+    images, proprio, actions = inputs(2)
+    clip = pipeline.replay(images, proprio, torch.cat([actions, -actions], dim=1), generators(2))
+    noise = generators(2)
+    first = pipeline.imagine(pipeline.init_history(images), proprio, actions, noise)
+    second = pipeline.imagine(first.history, first.proprio, -actions, noise)
+    assert torch.equal(clip, torch.cat([images[:, None], first.frames, second.frames], dim=1))
+
+
+def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin")) and len(list(tmp_path.rglob("*.safetensors"))) == 3
+    loaded = ProphetPipeline.from_pretrained(tmp_path)
+    images, proprio, actions = inputs(2)
+    for one, other in zip(
+        pipeline.imagine(pipeline.init_history(images), proprio, actions, generators(2)).values(),
+        loaded.imagine(loaded.init_history(images), proprio, actions, generators(2)).values(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    assert loaded.chunk_frames == 2 and loaded.image_size == 96
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("history", (2, 3, 4, 11, 12)), ("proprio", (2, 7)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))]
+)
+def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
+    values = {"history": torch.zeros(2, 3, 4, 12, 12), "proprio": torch.zeros(2, 8), "actions": torch.zeros(2, 8, 7)}
+    values[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=f"Expected {name} of shape"):
+        pipeline.imagine(**values)
+
+
+def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        pipeline.init_history(torch.zeros(1, 96, 96, 3))
+    with pytest.raises(ValueError, match="at least 1"):
+        pipeline.imagine(
+            torch.zeros(1, 3, 4, 12, 12), torch.zeros(1, 8), torch.zeros(1, 8, 7), num_inference_steps=0
+        )
+    with pytest.raises(ValueError, match="multiple of 8"):
+        pipeline.replay(torch.zeros(1, 96, 96, 3, dtype=torch.uint8), torch.zeros(1, 8), torch.zeros(1, 9, 7))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        pipeline.vae.encode(torch.zeros(1, 3, 90, 96))
+    with pytest.raises(ValueError, match="multiple of frame_stride"):
+        ProphetPipeline(
+            pipeline.vae, pipeline.transformer, pipeline.proprioception, pipeline.scheduler, chunk_size=9
+        )
+
+
+def test_history_keeps_the_first_frame_and_the_latest() -> None:
+    history = torch.tensor([0.0, 1.0, 2.0]).reshape(1, 3, 1, 1, 1)
+    later = advance_history(history, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1, 1))
+    assert later.flatten().tolist() == [0.0, 3.0, 4.0]
+    assert advance_history(later, torch.tensor([5.0]).reshape(1, 1, 1, 1, 1)).flatten().tolist() == [0.0, 4.0, 5.0]
+
+
+@given(st.integers(0, 255))
+def test_frames_and_pixels_are_inverse(level: int) -> None:
+    frames = torch.full((1, 8, 8, 3), level, dtype=torch.uint8)
+    assert torch.equal(pixels_to_frames(frames_to_pixels(frames)), frames)
+
+
+def test_an_untrained_transformer_predicts_a_still() -> None:
+    """The output layer starts at zero, so the clean chunk is the last history frame, at any noise level."""
+    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1, adaln_lora_dim=8)
+    sample, history = torch.randn(2, 2, 16, 12, 12), torch.randn(2, 3, 16, 12, 12)
+    sigma = torch.tensor([1.0, 0.3])
+    velocity = transformer(sample, sigma, history, torch.randn(2, 2, 44))
+    clean = sample - sigma[:, None, None, None, None] * velocity
+    torch.testing.assert_close(clean, history[:, -1:].expand_as(clean), atol=1e-5, rtol=1e-5)
+
+
+def test_leaving_out_the_text_changes_nothing() -> None:
+    """Cosmos's cross-attention to an all-zero text has no biases: its output is zero."""
+    reference = CosmosTransformer3DModel(
+        in_channels=16, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, text_embed_dim=12,
+        adaln_lora_dim=8, max_size=(8, 64, 64), rope_scale=(1.0, 1.0, 1.0), concat_padding_mask=False,
+    )  # fmt: skip
+    block = reference.transformer_blocks[0]
+    hidden = torch.randn(1, 5, 24)
+    assert block.attn2(hidden, encoder_hidden_states=torch.zeros(1, 3, 12)).abs().max() == 0
+
+
+def test_the_config_is_what_the_constructor_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1)
+    transformer.save_pretrained(tmp_path)
+    ProphetTransformer3DModel.from_pretrained(tmp_path)
+    assert "not expected" not in caplog.text
+
+
+def test_frame_condition_puts_actions_first() -> None:
+    model = ProprioceptionModel()
+    condition = frame_condition(model, torch.zeros(2, 3, 8), torch.ones(2, 3, 8), torch.full((2, 3, 4, 7), 0.5))
+    assert condition.shape == (2, 3, 44)
+    assert torch.equal(condition[0, 0].unique(), torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_crops_contain_what_moves() -> None:
+    arrays = episodes(4)
+    frames = arrays.frames[arrays.starts + 5]
+    still = torch.full_like(frames, 40)
+    crops = torch.cat([_moving_crops(frames, still, torch.Generator().manual_seed(k)) for k in range(20)])
+    assert crops.shape == (80, 48, 48, 3)
+    assert (crops[..., 0] == 220).flatten(1).any(1).float().mean() > 0.7
+
+
+def test_every_stage_learns(tmp_path: Path) -> None:
+    """Each loss falls clearly on the world of the moving square."""
+    arrays = episodes(16)
+    vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
+    proprioception = ProprioceptionModel(hidden_dim=32)
+    proprioception.delta_std.fill_(0.1)
+    transformer = ProphetTransformer3DModel(
+        latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, adaln_lora_dim=8
+    )
+
+    def improvement(module: torch.nn.Module, loss_fn: object, steps: int, rate: float) -> float:
+        def loss() -> float:
+            with torch.no_grad():
+                return float(np.mean([loss_fn(0, torch.Generator().manual_seed(k))[0] for k in range(4)]))  # type: ignore[operator]
+
+        before = loss()
+        fit(type(module).__name__, module, loss_fn, tmp_path, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)  # type: ignore[arg-type]
+        return loss() / before
+
+    assert improvement(vae, autoencoder_loss(vae, arrays, 8), 60, 5e-3) < 0.6
+    assert improvement(proprioception, proprioception_loss(proprioception, arrays, 64), 150, 1e-2) < 0.5
+    with torch.inference_mode():
+        latents = vae.encode(frames_to_pixels(arrays.frames)).half()
+    loss_fn = transformer_loss(
+        transformer, proprioception, arrays, latents, batch_size=4, chunk_frames=2, steps=10**9
+    )
+    assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    arrays = episodes(4)
+
+    def run(out: Path, stop_at: int | None) -> ProprioceptionModel:
+        torch.manual_seed(0)
+        model = ProprioceptionModel(hidden_dim=8)
+        loss_fn = proprioception_loss(model, arrays, 8)
+
+        def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return loss_fn(step, generator)
+
+        fit("model", model, killed, out, steps=12, learning_rate=1e-2, seed=3, checkpoint_every=5)
+        return model
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", 8)
+    resumed = run(tmp_path / "killed", None)
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:
+    trained = train(episodes(4), episodes(2, seed=1), tmp_path, preset="debug")
+    again = train(episodes(4), episodes(2, seed=1), tmp_path, preset="debug")
+    for name in ("vae", "transformer", "proprioception"):
+        one, other = getattr(trained, name).state_dict(), getattr(again, name).state_dict()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert list(tmp_path.glob("validation-*.mp4")) and list((tmp_path / "tensorboard").iterdir())
+    assert not (tmp_path / "checkpoints" / "transformer").exists()
+    with pytest.raises(ValueError, match="choose one of"):
+        train(episodes(4), episodes(2), tmp_path, preset="huge")
