@@ -2,10 +2,11 @@
 
     python examples/quickstart.py
 
-loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for libero_object; improves the
-policy with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and after on validation
-starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator, which training never
-touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after.mp4, TensorBoard logs, the policy.
+loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for libero_object; improves
+the policy with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and after on
+validation starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator, which
+training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after.mp4, TensorBoard
+logs, the policy.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import gymnasium as gym
 import imageio
 import numpy as np
 import torch
-from fagrpo import FAGRPO, FlowPolicy
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 from tqdm.auto import tqdm
 
-import prophet_gym
+import prophet_gym  # noqa: F401  (registers the environments)
+from fagrpo import FAGRPO, FlowPolicy
+from prophet_gym.data.episode import SPLITS
+from prophet_gym.envs.models import WEIGHTS
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
 
@@ -65,10 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="of post-training")
     parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--policy", default=str(prophet_gym.WEIGHTS / "flow-policy-libero"))
+    parser.add_argument("--policy", default=str(WEIGHTS / "flow-policy-libero"))
     parser.add_argument("--num-envs", type=int, default=64, help="groups of 8 share a start")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     arguments = parser.parse_args()
@@ -76,7 +81,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     policy = FlowPolicy.from_safetensors(arguments.policy)
-    starts = starts_of(range(10), prophet_gym.SPLITS["val"], arguments.repeats)
+    starts = starts_of(range(10), SPLITS["val"], arguments.repeats)
     simulators = {"Prophet": evaluate_in_prophet}
     if find_spec("libero"):
         simulators["LIBERO (real)"] = evaluate_in_libero

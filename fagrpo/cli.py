@@ -24,8 +24,9 @@ def load_demonstrations(
 ) -> Demonstrations:
     """Successful recorded episodes as pairs of observation and chunk, one per frame at which a chunk can begin.
 
-    Chunks that reach beyond an episode's end repeat the last gripper command without motion. Starts at even and odd
-    frames count as separate episodes (a policy acts at every second frame), so that frame stacking matches execution.
+    Frames after the task is solved are left out: an environment ends the episode there. Chunks that reach beyond an
+    episode's end repeat the last gripper command without motion. Starts at even and odd frames count as separate
+    episodes (a policy acts at every second frame), so that frame stacking matches execution.
 
     :param root: a finalised data set in the LeRobot format
     :param suites: of LIBERO; None: all
@@ -50,7 +51,8 @@ def load_demonstrations(
         idle[:, -1] = commands[-1, -1]
         padded = np.concatenate([commands, idle])
         chunk_frames = CHUNK // frame_stride
-        for frame in range(len(episode.actions)):
+        solved = int(np.flatnonzero(~episode.success)[-1]) + 1  # from here on the task stays solved
+        for frame in range(min(solved + 1, len(episode.actions))):
             images.append(episode.frames[frame])
             proprio.append(episode.proprio[frame])
             actions.append(padded[frame * frame_stride : frame * frame_stride + CHUNK])

@@ -448,7 +448,11 @@ def _save_checkpoint(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({key: value.detach().cpu().clone() for key, value in tensors.items()}, temporary, metadata=metadata)
+    save_file(
+        {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+        temporary,
+        metadata=metadata,
+    )
     os.replace(temporary, path)
 
 

@@ -50,8 +50,8 @@ def fit(
 ) -> None:
     """Train one module in place; on return it holds the EMA weights, which are also saved to `out / name`.
 
-    A checkpoint (weights, optimizer, EMA, schedule, step) is written to `out / checkpoints / name` under a temporary name
-    and renamed. Calling again resumes from it, or returns at once when the stage is finished.
+    A checkpoint (weights, optimizer, EMA, schedule, step) is written to `out / checkpoints / name` under a temporary
+    name and renamed. Calling again resumes from it, or returns at once when the stage is finished.
 
     Args:
         name: of the stage; part of the file names and TensorBoard tags.

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prophet_gym.data.episode import SPLITS
 from prophet_gym.simulators.experts import NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
 from prophet_gym.simulators.experts.noise import ActionNoise, point_in_disc
-from prophet_gym.simulators.recording import SPLIT_STATES, plan_episodes, record
+from prophet_gym.simulators.recording import plan_episodes, record
 
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 NOTHING = (np.zeros((0, 3)), np.zeros((0, 3, 3)), np.zeros((0, 3)))
@@ -186,7 +187,7 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     assert plans[:100] == plan_episodes("libero_object", 100, seed=0)
     assert plans != plan_episodes("libero_object", 1000, seed=1)
     assert Counter(plan.split for plan in plans) == {"train": 800, "val": 100, "test": 100}
-    assert all(plan.init_state in SPLIT_STATES[plan.split] for plan in plans)
+    assert all(plan.init_state in SPLITS[plan.split] for plan in plans)
     assert not any(plan.jitter for plan in plans if plan.split != "train")
     assert Counter(plan.task for plan in plans) == dict.fromkeys(range(10), 100)
     assert {plan.kind for plan in plans if plan.split == "val"} == {"clean", "noisy", "counterfactual"}

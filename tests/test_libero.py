@@ -9,8 +9,9 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
+from prophet_gym.data.episode import SPLITS
 from prophet_gym.simulators import libero as libero_module
-from prophet_gym.simulators.libero import SPLITS, LiberoEnv, task_number
+from prophet_gym.simulators.libero import LiberoEnv, task_number
 
 pytestmark = pytest.mark.libero
 NO_OP = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (8, 1))

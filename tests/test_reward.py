@@ -32,9 +32,18 @@ def episodes(count: int, length: int = 7, seed: int = 0) -> EpisodeArrays:
     frames[success, :32, :32] = (250, 20, 20)
     records = tuple(
         EpisodeRecord(
-            episode_index=index, length=length, split="train", kind="clean", suite="libero_object", task=0, init_state=0,
-            seed=0, success=bool(success[index, -1]), instruction=INSTRUCTION, robot="panda",
-        )  # fmt: skip
+            episode_index=index,
+            length=length,
+            split="train",
+            kind="clean",
+            suite="libero_object",
+            task=0,
+            init_state=0,
+            seed=0,
+            success=bool(success[index, -1]),
+            instruction=INSTRUCTION,
+            robot="panda",
+        )
         for index in range(count)
     )
     return EpisodeArrays(
@@ -63,7 +72,9 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
 
 
 def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
-    classifier, metrics = train_success_classifier(episodes(16), episodes(12, seed=1), tmp_path, steps=40, batch_size=16)
+    classifier, metrics = train_success_classifier(
+        episodes(16), episodes(12, seed=1), tmp_path, steps=40, batch_size=16
+    )
     assert metrics["accuracy"] == 1.0 and metrics["frame_auroc"] > 0.99
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
     assert loaded.threshold == classifier.threshold == metrics["threshold"]

@@ -19,7 +19,7 @@ from prophet_gym.world_model import (
 )
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
-    _moving_crops,
+    _informative_crops,
     autoencoder_loss,
     proprioception_loss,
     train,
@@ -87,9 +87,7 @@ def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(batch=st.integers(1, 5), row=st.integers(0, 4), steps=st.integers(1, 3))
-def test_a_row_does_not_depend_on_its_neighbours(
-    pipeline: ProphetPipeline, batch: int, row: int, steps: int
-) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(pipeline: ProphetPipeline, batch: int, row: int, steps: int) -> None:
     row %= batch
     images, proprio, actions = inputs(batch)
     history = pipeline.init_history(images)
@@ -124,7 +122,8 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("history", (2, 3, 4, 11, 12)), ("proprio", (2, 7)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))]
+    ("name", "shape"),
+    [("history", (2, 3, 4, 11, 12)), ("proprio", (2, 7)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))],
 )
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {"history": torch.zeros(2, 3, 4, 12, 12), "proprio": torch.zeros(2, 8), "actions": torch.zeros(2, 8, 7)}
@@ -137,17 +136,13 @@ def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
     with pytest.raises(ValueError, match="uint8"):
         pipeline.init_history(torch.zeros(1, 96, 96, 3))
     with pytest.raises(ValueError, match="at least 1"):
-        pipeline.imagine(
-            torch.zeros(1, 3, 4, 12, 12), torch.zeros(1, 8), torch.zeros(1, 8, 7), num_inference_steps=0
-        )
+        pipeline.imagine(torch.zeros(1, 3, 4, 12, 12), torch.zeros(1, 8), torch.zeros(1, 8, 7), num_inference_steps=0)
     with pytest.raises(ValueError, match="multiple of 8"):
         pipeline.replay(torch.zeros(1, 96, 96, 3, dtype=torch.uint8), torch.zeros(1, 8), torch.zeros(1, 9, 7))
     with pytest.raises(ValueError, match="multiples of 8"):
         pipeline.vae.encode(torch.zeros(1, 3, 90, 96))
     with pytest.raises(ValueError, match="multiple of frame_stride"):
-        ProphetPipeline(
-            pipeline.vae, pipeline.transformer, pipeline.proprioception, pipeline.scheduler, chunk_size=9
-        )
+        ProphetPipeline(pipeline.vae, pipeline.transformer, pipeline.proprioception, pipeline.scheduler, chunk_size=9)
 
 
 def test_history_keeps_the_first_frame_and_the_latest() -> None:
@@ -165,7 +160,9 @@ def test_frames_and_pixels_are_inverse(level: int) -> None:
 
 def test_an_untrained_transformer_predicts_a_still() -> None:
     """The output layer starts at zero, so the clean chunk is the last history frame, at any noise level."""
-    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1, adaln_lora_dim=8)
+    transformer = ProphetTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=1, adaln_lora_dim=8
+    )
     sample, history = torch.randn(2, 2, 16, 12, 12), torch.randn(2, 3, 16, 12, 12)
     sigma = torch.tensor([1.0, 0.3])
     velocity = transformer(sample, sigma, history, torch.randn(2, 2, 44))
@@ -202,7 +199,7 @@ def test_crops_contain_what_moves() -> None:
     arrays = episodes(4)
     frames = arrays.frames[arrays.starts + 5]
     still = torch.full_like(frames, 40)
-    crops = torch.cat([_moving_crops(frames, still, torch.Generator().manual_seed(k)) for k in range(20)])
+    crops = torch.cat([_informative_crops(frames, still, torch.Generator().manual_seed(k)) for k in range(20)])
     assert crops.shape == (80, 48, 48, 3)
     assert (crops[..., 0] == 220).flatten(1).any(1).float().mean() > 0.7
 
@@ -230,9 +227,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     assert improvement(proprioception, proprioception_loss(proprioception, arrays, 64), 150, 1e-2) < 0.5
     with torch.inference_mode():
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
-    loss_fn = transformer_loss(
-        transformer, proprioception, arrays, latents, batch_size=4, chunk_frames=2, steps=10**9
-    )
+    loss_fn = transformer_loss(transformer, proprioception, arrays, latents, batch_size=4, chunk_frames=2, steps=10**9)
     assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
+"""LIBERO's official initial states of each task, by split; nothing is reported on train, nothing is tuned on test."""
 KINDS = ("clean", "noisy", "counterfactual", "policy")
 ACTION_DIM = 7
 PROPRIO_DIM = 8

@@ -1,4 +1,4 @@
-"""Prophet against the real simulator: recorded episodes replayed in imagination, frame by frame and outcome by outcome."""
+"""Prophet against the real simulator: recorded episodes replayed in imagination, compared by frames and by outcomes."""
 
 import json
 import logging
@@ -64,7 +64,7 @@ def evaluate(
     results: dict[str, Any] = {}
     for path in data:
         dataset = EpisodeDataset(path)
-        arrays = load_arrays(dataset.select(split=split), None)
+        arrays = load_arrays(dataset, split)
         control = load_actions(dataset, "train")
         name = arrays.records[0].suite
         count = len(arrays.records) if episodes is None else min(episodes, len(arrays.records))
@@ -92,8 +92,8 @@ def replay_episodes(
     """Imagine the first `count` episodes from their first frame and their actions, Prophet's own frames fed back.
 
     Returns:
-        Frames uint8 (count, T + 1, H, W, 3), and the error of the estimated end-effector position in cm, float (count, T /
-        chunk_frames), at the end of each chunk.
+        Frames uint8 (count, T + 1, H, W, 3), and the error of the estimated end-effector position in cm, float
+        (count, T / chunk_frames), at the end of each chunk.
     """
     length = _common_length(arrays, count, pipeline.chunk_frames)
     clips, errors = [], []
@@ -125,8 +125,8 @@ def video_report(
 ) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
     """PSNR (dB), SSIM and tSSIM of whole imagined episodes and of single chunks from real history.
 
-    Baselines: `copy` repeats the last frame that was given (the start frame, for whole episodes); `autoencoder` decodes the
-    encoded real frames, the ceiling of anything that this autoencoder shows.
+    Baselines: `copy` repeats the last frame that was given (the start frame, for whole episodes); `autoencoder`
+    decodes the encoded real frames, the ceiling of anything that this autoencoder shows.
 
     Returns:
         The means, and the curves over time (T,) of `prophet`, `copy`, `autoencoder`, whole frame and `moving` pixels.
@@ -168,10 +168,11 @@ def outcome_report(
     count: int,
     control: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, dict[str, float]]:
-    """How often the judged outcome agrees with the real one: on the real video, on the imagined one, from actions alone.
+    """How often the judged outcome agrees with the real one: on the real video, on the imagined one, from actions
+    alone.
 
-    An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that is when
-    an environment would have ended it.
+    An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that
+    is when an environment would have ended it.
 
     Args:
         control: actions (E, D) and outcomes (E,) of training episodes, see `load_actions`.
@@ -193,7 +194,7 @@ def outcome_report(
 
 def load_actions(dataset: EpisodeDataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of the actions (E, D) and outcomes (E,) of a split, for the control that sees nothing else."""
-    arrays = load_arrays(dataset.select(split=split), None, progress=False)
+    arrays = load_arrays(dataset, split, progress=False)
     return _action_features(arrays), torch.from_numpy(episode_peaks(arrays, torch.zeros(len(arrays.frames)))[1])
 
 

@@ -74,7 +74,8 @@ def evaluate_in_prophet(
 
     Args:
         policy: see `Policy`.
-        suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the starts.
+        suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
+        starts.
         seed: of the world model's noise. deterministic: passed to `predict`.
         env_arguments: further arguments of `ProphetVectorEnv`.
 

@@ -16,8 +16,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
     Convolutional classifier of (start frame, last two frames, instruction).
 
     The start frame shows where things were, the last two where they are and whether they still move. The instruction
-    modulates the feature maps (FiLM) and selects what to look at. `logit_scale` and `logit_bias` calibrate the probability
-    on held-out data (Platt scaling).
+    modulates the feature maps (FiLM) and selects what to look at. `logit_scale` and `logit_bias` calibrate the
+    probability on held-out data (Platt scaling).
 
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.

@@ -107,7 +107,7 @@ def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @torch.inference_mode()
 def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
-    """Uncalibrated logits of every frame of `arrays`, each seen with its predecessor and its episode's start: float (N,)."""
+    """Uncalibrated logits of every frame, each seen with its predecessor and its episode's start: float (N,)."""
     embeddings = _embeddings(arrays)
     episode, first = _owners(arrays)
     logits = []

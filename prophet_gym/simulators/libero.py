@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM
+from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM, SPLITS
 from prophet_gym.data.instructions import embed_instructions
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 Observation = dict[str, NDArray[Any]]
 
 SUITES = ("libero_object", "libero_spatial", "libero_goal", "libero_10")
-SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
-"""Official initial states of each task, by split."""
 CHUNK = 8
 FRAME_STRIDE = 4
 ACTION_DIM = 7

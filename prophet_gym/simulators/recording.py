@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import Episode
+from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
 from prophet_gym.simulators.experts import NOISE_RECIPES, NOISE_SHARES, PickAndPlace
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
-SPLIT_STATES = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
 NUM_TASKS = 10
 CONTROL_STEPS = 160
 FRAME_STRIDE = 4
@@ -82,7 +81,7 @@ def plan_episodes(suite: str, episodes: int, seed: int) -> list[EpisodePlan]:
         if rng.uniform() < COUNTERFACTUAL_SHARE:
             recipe = str(rng.choice(COUNTERFACTUALS))
         jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE and recipe != "shifted")
-        init_state = int(rng.choice(SPLIT_STATES[split]))
+        init_state = int(rng.choice(SPLITS[split]))
         plans.append(EpisodePlan(index, index % NUM_TASKS, split, init_state, recipe, jitter, episode_seed))
     return plans
 
@@ -172,7 +171,7 @@ def _clean_actions_elsewhere(
         simulation.reset(plan.init_state)
         simulation.jitter_objects(SHIFTED_DISTANCE, rng)
     else:
-        others = [state for state in SPLIT_STATES[plan.split] if state != plan.init_state]
+        others = [state for state in SPLITS[plan.split] if state != plan.init_state]
         _begin(simulation, int(rng.choice(others)), True, rng)
     expert = PickAndPlace(simulation, NOISE_RECIPES["clean"], rng)
     actions = np.zeros((CONTROL_STEPS, 7), np.float32)

@@ -7,8 +7,8 @@ from torch import nn
 class FrameActionEmbedding(nn.Module):
     """Embed, for every new frame, the actions that lead to it and the proprioception before and after them.
 
-    The result is added to the timestep embedding and to the AdaLN vector (paper, action conditioning), so that action k acts
-    on frame k. Both output layers start at zero: an untrained embedding leaves the transformer as it was.
+    The result is added to the timestep embedding and to the AdaLN vector (paper, action conditioning), so that action
+    k acts on frame k. Both output layers start at zero: an untrained embedding leaves the transformer as it was.
 
     Args:
         condition_dim: D_c, size of one frame's condition: frame_stride * action_dim + 2 * proprio_dim.

@@ -1,7 +1,8 @@
-"""Frames <-> latents: a per-frame convolutional autoencoder, small enough to decode hundreds of frames a second on a CPU.
+"""Frames <-> latents: a per-frame convolutional autoencoder, small enough to decode hundreds of frames a second on a
+CPU.
 
-Every frame is coded by itself, so that a latent frame belongs to exactly one video frame and to the actions between it and
-its predecessor. The full-scale path uses a causal video autoencoder with the same two methods.
+Every frame is coded by itself, so that a latent frame belongs to exactly one video frame and to the actions between
+it and its predecessor. The full-scale path uses a causal video autoencoder with the same two methods.
 """
 
 import torch
@@ -29,9 +30,9 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
     r"""
     Per-frame autoencoder with 8x spatial compression.
 
-    The first factor of two is a pixel-unshuffle, which costs nothing; the others are strided convolutions. The latents are
-    standardised per channel with the buffers `latent_mean` and `latent_std`, which training fills in, so that the
-    transformer works on zero mean and unit variance.
+    The first factor of two is a pixel-unshuffle, which costs nothing; the others are strided convolutions. The
+    latents are standardised per channel with the buffers `latent_mean` and `latent_std`, which training fills in, so
+    that the transformer works on zero mean and unit variance.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.

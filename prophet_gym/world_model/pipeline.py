@@ -166,7 +166,8 @@ class ProphetPipeline(DiffusionPipeline):
             history: float (B, T_h, C, h, w) from `init_history` or from the previous call.
             proprio: float32 (B, P), metres and radians.
             actions: float32 (B, chunk_size, action_dim) in [-1, 1].
-            generator: one CPU generator per row, so that a row's video does not depend on its neighbours; or one for all.
+            generator: one CPU generator per row, so that a row's video does not depend on its neighbours; or one for
+            all.
             num_inference_steps: sampling steps; the pipeline's default if None. One step gives the conditional mean.
 
         Returns:
@@ -268,7 +269,7 @@ class ProphetPipeline(DiffusionPipeline):
 
 
 def advance_history(history: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Append new latents (B, F, C, h, w) to a history (B, T_h, C, h, w): the first frame stays, the rest is the most recent."""
+    """Append latents (B, F, C, h, w) to a history (B, T_h, C, h, w): first frame kept, then the most recent."""
     recent = torch.cat([history[:, 1:], latents.to(history.dtype)], dim=1)
     return torch.cat([history[:, :1], recent[:, 1 - history.shape[1] :]], dim=1)
 

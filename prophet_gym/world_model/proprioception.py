@@ -10,8 +10,8 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     r"""
     Residual MLP, one call per video frame: proprioception after `frame_stride` actions.
 
-    The end-effector moves almost deterministically under OSC_POSE control, so a small regression is accurate; it also tells
-    the transformer where the arm is going.
+    The end-effector moves almost deterministically under OSC_POSE control, so a small regression is accurate; it also
+    tells the transformer where the arm is going.
 
     Args:
         proprio_dim (`int`, defaults to `8`): size P: position (3, m), axis-angle (3, rad), finger positions (2, m).

@@ -88,8 +88,8 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         hidden_dim = num_attention_heads * attention_head_dim
         for block in self.transformer_blocks:
             block.attn2, block.norm2 = _NoText(), _NoTextNorm()
-        # Rotary embeddings are relative; a fixed camera makes absolute position matter, and a zero start has no gradient
-        # direction once normalised.
+        # Rotary embeddings are relative, and a fixed camera makes absolute position matter. Not from zero, where the
+        # normalised embedding has no direction.
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.learnable_pos_embed, name))
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)

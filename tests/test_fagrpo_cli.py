@@ -1,0 +1,41 @@
+"""The fagrpo command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.classic_control import PendulumEnv
+
+from fagrpo import FlowPolicy
+from fagrpo.cli import build_parser, main
+
+
+def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = PendulumEnv()
+    head = {"width": 16, "hidden": 16, "num_blocks": 1}
+    encoder = {"features_dim": 16, "vector_dim": 16}
+    policy = FlowPolicy(
+        env.observation_space,
+        env.action_space,
+        num_flow_steps=2,
+        features_extractor_kwargs=encoder,
+        flow_head_kwargs=head,
+    )
+    policy.export_safetensors(tmp_path / "sft")
+    command = ["train", str(tmp_path / "sft"), "--env", "Pendulum-v1", "--out", str(tmp_path / "rl"), "--quiet"]
+    command += ["--num-envs", "2", "--group-size", "2", "--checkpoint-every", "400", "--seed", "0", "--device", "cpu"]
+    assert main([*command, "--steps", "400"]) == 0
+    first = FlowPolicy.from_safetensors(tmp_path / "rl")
+    assert main([*command, "--steps", "800"]) == 0
+    assert "Resuming" in capsys.readouterr().out
+    second = FlowPolicy.from_safetensors(tmp_path / "rl")
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert np.isfinite(second.predict(env.observation_space.sample())[0]).all()
+
+
+def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "none"), "--env", "Pendulum-v1", "--out", str(tmp_path)]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "x", "--out", "y", "--ratio", "token"])
