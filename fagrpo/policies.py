@@ -524,6 +524,7 @@ class FlowPolicy(BasePolicy):
         folder.mkdir(parents=True, exist_ok=True)
         weights, configuration = folder / f"{WEIGHTS_NAME}.tmp", folder / f"{CONFIG_NAME}.tmp"
         save_file(tensors, weights, metadata={"format": "pt", "dtype": dtype})
+        weights.chmod(0o644)  # safetensors makes files that only their owner can read
         configuration.write_text(text + "\n", encoding="utf-8")
         os.replace(weights, folder / WEIGHTS_NAME)
         os.replace(configuration, folder / CONFIG_NAME)

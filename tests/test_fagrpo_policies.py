@@ -157,6 +157,7 @@ def test_safetensors_round_trip(tmp_path: Path, dtype: str) -> None:
     tolerance = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
     expected, actual = policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
     np.testing.assert_allclose(actual, expected, atol=tolerance)
+    assert (tmp_path / "policy/model.safetensors").stat().st_mode & 0o777 == 0o644
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["config.json", "model.safetensors"]
 
 
