@@ -48,8 +48,9 @@ class LearningCurve(BaseCallback):
         self.progress = tqdm(total=round(self.seconds), desc="FA-GRPO in Prophet", unit="s")
 
     def _on_step(self) -> bool:
-        finished = self.locals["dones"]
-        self.outcomes += [info["is_success"] for info, done in zip(self.locals["infos"], finished, strict=True) if done]
+        dones, infos = self.locals["dones"], self.locals["infos"]
+        # Environments whose episode in this rollout is over idle until the others are done.
+        self.outcomes += [infos[row]["is_success"] for row in self.locals["rows"] if dones[row]]
         self.progress.n = min(round(self.seconds), round(time.monotonic() - self.begin))
         self.progress.refresh()
         return time.monotonic() - self.begin < self.seconds
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts"
     )
+    parser.add_argument("--prophet-only", action="store_true", help="leave the real simulator out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     arguments = parser.parse_args()
@@ -83,7 +85,7 @@ def main() -> None:
     policy = FlowPolicy.from_safetensors(arguments.policy)
     starts = starts_of(range(10), SPLITS["val"], arguments.repeats)
     simulators = {"Prophet": evaluate_in_prophet}
-    if find_spec("libero"):
+    if find_spec("libero") and not arguments.prophet_only:
         simulators["LIBERO (real)"] = evaluate_in_libero
     before = {name: evaluate(policy, arguments.suite, starts) for name, evaluate in simulators.items()}
 

@@ -135,7 +135,7 @@ def test_a_goal_that_is_no_pick_and_place_is_refused():
         PickAndPlace(scene, NoiseRecipe(), np.random.default_rng(0))
 
 
-@given(st.floats(-np.pi, np.pi), st.floats(0.03, 0.06), st.floats(0.08, 0.15))
+@given(st.floats(-np.pi, np.pi), st.floats(0.03, 0.06), st.floats(0.09, 0.15))  # the long side does not fit the hand
 @settings(max_examples=30, deadline=None)
 def test_a_box_is_grasped_across_its_narrow_side(yaw, narrow, long):
     rotation = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])

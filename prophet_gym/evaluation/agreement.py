@@ -55,10 +55,13 @@ def evaluate(
 
     Raises:
         ValueError: the split is "train": no number is reported on data that a model was trained on.
+        TypeError: the checkpoint is not a `ProphetPipeline`.
     """
     if split == "train":
         raise ValueError('Expected split "val" or "test": the models were trained on "train".')
     pipeline, judge = resolve_models(checkpoint, reward_model, "auto", "auto")
+    if not isinstance(pipeline, ProphetPipeline):
+        raise TypeError(f"Expected a ProphetPipeline, its folder or name, got {type(pipeline).__name__}.")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}

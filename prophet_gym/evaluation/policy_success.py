@@ -109,6 +109,7 @@ def evaluate_in_libero(
     starts: NDArray[np.int64],
     *,
     split: str = "val",
+    seed: int = 0,
     deterministic: bool = False,
     workers: int = 2,
 ) -> Rollouts:
@@ -116,7 +117,7 @@ def evaluate_in_libero(
 
     Args:
         policy: see `Policy`; it is pickled to the worker processes.
-        suite, starts, split, deterministic: as in `evaluate_in_prophet`.
+        suite, starts, split, deterministic: as in `evaluate_in_prophet`. seed: of the policy's noise.
         workers: processes.
 
     Returns:
@@ -127,7 +128,7 @@ def evaluate_in_libero(
     success = np.zeros(len(starts), bool)
     videos: list[NDArray[np.uint8]] = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_libero_task, policy, suite, split, starts[job], deterministic) for job in jobs]
+        futures = [pool.submit(_libero_task, policy, suite, split, starts[job], seed, deterministic) for job in jobs]
         for job, future in tqdm(zip(jobs, futures, strict=True), desc="in LIBERO", total=len(jobs), leave=False):
             success[job], video = future.result()
             videos.append(video)
@@ -135,7 +136,7 @@ def evaluate_in_libero(
 
 
 def _libero_task(
-    policy: Policy, suite: str, split: str, starts: NDArray[np.int64], deterministic: bool
+    policy: Policy, suite: str, split: str, starts: NDArray[np.int64], seed: int, deterministic: bool
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
     """All episodes of one task, in a worker process."""
     import torch
@@ -143,12 +144,12 @@ def _libero_task(
     from prophet_gym.simulators.libero import LiberoEnv
 
     torch.set_num_threads(1)
-    torch.manual_seed(int(starts[0, 0]))
+    torch.manual_seed(1000 * seed + int(starts[0, 0]))
     env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split)
     success = np.zeros(len(starts), bool)
     video: list[NDArray[np.uint8]] = []
     for index, (_, init_state) in enumerate(starts):
-        observation, _ = env.reset(seed=index, options={"init_state": int(init_state)})
+        observation, _ = env.reset(seed=seed + index, options={"init_state": int(init_state)})
         frames = [observation["image"][None]]
         done = False
         while not done:

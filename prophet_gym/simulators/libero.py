@@ -143,6 +143,9 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
         Raises:
             ValueError: an unknown option, suite, task or initial state, or an initial state of another split.
         """
+        if seed is None and self._np_random is None:
+            # Gymnasium would draw a seed of 128 bits, which does not fit into a vector env's integer infos.
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
         super().reset(seed=seed)
         options = dict(options or {})
         if unknown := sorted(set(options) - set(_OPTIONS)):

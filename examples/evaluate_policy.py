@@ -1,0 +1,53 @@
+"""Success rate of a flow policy, in Prophet and in the real LIBERO, from the same starts.
+
+python examples/evaluate_policy.py --simulator libero --split val --repeats 2
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from fagrpo import FlowPolicy
+from prophet_gym.data.episode import SPLITS
+from prophet_gym.envs.models import WEIGHTS
+from prophet_gym.evaluation.policy_success import evaluate_in_libero, evaluate_in_prophet, starts_of
+
+SIMULATORS = {"prophet": evaluate_in_prophet, "libero": evaluate_in_libero}
+
+
+def main() -> None:
+    """Evaluate, print, and write a JSON line if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, default=WEIGHTS / "flow-policy-libero", help="folder of a FlowPolicy")
+    parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
+    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--repeats", type=int, default=2, help="episodes per start; their noise differs")
+    parser.add_argument("--deterministic", action="store_true", help="the same noise in every action")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="append the outcome of every episode to this file")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    policy = FlowPolicy.from_safetensors(arguments.policy)
+    starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
+    result = SIMULATORS[arguments.simulator](
+        policy,
+        arguments.suite,
+        starts,
+        split=arguments.split,
+        seed=arguments.seed,
+        deterministic=arguments.deterministic,
+    )
+    print(f"{arguments.policy} in {arguments.simulator}, {arguments.suite} {arguments.split}: {result}")
+    if arguments.out:
+        record = {key: str(value) for key, value in vars(arguments).items()}
+        record |= {"success": result.success.tolist(), "task": result.task.tolist()}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

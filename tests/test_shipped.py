@@ -1,0 +1,74 @@
+"""What is in the wheel: it loads offline within seconds, and does what the README says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import prophet_gym
+from fagrpo import FlowPolicy
+from prophet_gym.envs.models import WEIGHTS
+from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
+
+MIB = 2**20
+
+
+def test_the_weights_keep_to_their_size() -> None:
+    sizes = [file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert max(sizes) <= 16 * MIB and sum(sizes) <= 40 * MIB
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_default_environment_passes_both_checkers() -> None:
+    check_env(gym.make("Prophet-LIBERO-v0", render_mode="rgb_array").unwrapped, skip_render_check=False)
+    sb3_check_env(gym.make("Prophet-LIBERO-v0").unwrapped)
+
+
+def test_the_arm_follows_the_actions() -> None:
+    """Opposite commands drive the imagined arm to opposite sides, in the picture and in the proprioception."""
+    envs = gym.make_vec("Prophet-LIBERO-v0", num_envs=2, split="val")
+    start, _ = envs.reset(seed=[0, 0], options={"task": 3, "init_state": 40})
+    np.testing.assert_array_equal(start["image"][0], start["image"][1])
+    chunk = np.zeros((2, 8, 7), np.float32)
+    chunk[..., 6] = -1
+    chunk[0, :, 1], chunk[1, :, 1] = 0.8, -0.8
+    for _ in range(3):
+        observation, *_ = envs.step(chunk)
+    sideways = observation["proprio"][:, 1] - start["proprio"][:, 1]
+    assert sideways[0] > 0.05 and sideways[1] < -0.05
+    changed = np.abs(observation["image"].astype(int) - start["image"]).max(-1) > 40
+    columns = [np.argwhere(mask)[:, 1].mean() for mask in changed]
+    assert abs(columns[0] - columns[1]) > 5 and changed.mean() < 0.5
+
+
+def test_the_shipped_policy_acts() -> None:
+    policy = FlowPolicy.from_safetensors(WEIGHTS / "flow-policy-libero")
+    result = evaluate_in_prophet(policy, "libero_object", starts_of([0, 1], [40, 41]), max_chunks=2)
+    assert len(result.success) == 4 and len(result.videos) == 2
+    low, high = result.interval
+    assert 0 <= low <= result.rate <= high <= 1
+
+
+def test_sb3_trains_on_the_shipped_world_model() -> None:
+    envs = gym.make_vec("Prophet-LIBERO-v0", num_envs=4, autoreset_mode="SameStep")
+    model = PPO("MultiInputPolicy", prophet_gym.ProphetVecEnv(envs), n_steps=4, batch_size=8, n_epochs=1)
+    model.learn(32)
+    assert model.num_timesteps == 32
+
+
+@pytest.mark.slow
+def test_the_quickstart(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "quickstart.py"
+    arguments = ["--minutes", "0.2", "--num-envs", "8", "--repeats", "1", "--prophet-only", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, str(script), *arguments], check=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["success"]["Prophet"]["after"]) == 50 and len(results["training_curve"]) >= 1
+    for name in ("learning_curve.png", "before_after_prophet.mp4", "policy/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000
