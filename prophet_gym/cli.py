@@ -14,9 +14,10 @@ def _record(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
-    from prophet_gym.world_model.training import train
+    from prophet_gym.world_model.training import camera_projection, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    cameras = [camera_projection(dataset.info["prophet"].get("camera")) for dataset in datasets]
     train(
         load_arrays(datasets, "train"),
         load_arrays(datasets, "val"),
@@ -24,6 +25,8 @@ def _train(arguments: argparse.Namespace) -> None:
         preset=arguments.preset,
         seed=arguments.seed,
         device=arguments.device,
+        # One drawing serves all data only if all were seen through one camera.
+        projection=cameras[0] if all(camera == cameras[0] for camera in cameras) else None,
     )
 
 

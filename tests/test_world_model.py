@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import CosmosTransformer3DModel
+from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,12 @@ from prophet_gym.world_model import (
     ProphetTransformer3DModel,
     ProprioceptionModel,
 )
+from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
     _informative_crops,
     autoencoder_loss,
+    camera_projection,
     proprioception_loss,
     train,
     transformer_loss,
@@ -213,6 +215,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     transformer = ProphetTransformer3DModel(
         latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, adaln_lora_dim=8
     )
+    whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
 
     def improvement(module: torch.nn.Module, loss_fn: object, steps: int, rate: float) -> float:
         def loss() -> float:
@@ -227,7 +230,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     assert improvement(proprioception, proprioception_loss(proprioception, arrays, 64), 150, 1e-2) < 0.5
     with torch.inference_mode():
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
-    loss_fn = transformer_loss(transformer, proprioception, arrays, latents, batch_size=4, chunk_frames=2, steps=10**9)
+    loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9)
     assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
 
 
@@ -265,3 +268,34 @@ def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints" / "transformer").exists()
     with pytest.raises(ValueError, match="choose one of"):
         train(episodes(4), episodes(2), tmp_path, preset="huge")
+
+
+def test_action_frames_draw_the_pose_where_the_camera_sees_it() -> None:
+    """A camera at the origin that looks along z: x / z and y / z times the focal length, from the middle."""
+    projection = torch.tensor([[100.0, 0, 48, 0], [0, 100, 48, 0], [0, 0, 1, 0]])
+    proprio = torch.tensor([[0.2, -0.1, 1.0, torch.pi, 0, 0, 0.04, -0.04], [0.0, 0.0, 1.0, 0, 0, 0, 0.0, 0.0]])
+    frames = draw_action_frames(proprio, projection, 96)
+    assert frames.shape == (2, 3, 96, 96) and frames.min() >= 0 and frames.max() <= 1
+    row, column = divmod(int(frames[0].sum(0).argmax()), 96)
+    assert abs(row + 0.5 - 38) <= 1 and abs(column + 0.5 - 68) <= 1
+    # Open fingers draw a longer line than closed ones.
+    assert frames[0, 1].sum() > 1.5 * frames[1, 1].sum()
+
+
+def test_the_camera_matrix_inverts_the_extrinsics() -> None:
+    camera = {
+        "intrinsics": [[100, 0, 48], [0, 100, 48], [0, 0, 1]],
+        "extrinsics": [[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]],
+    }
+    projection = torch.tensor(camera_projection(camera))
+    pixel = projection @ torch.tensor([2.0, 0, 0, 1])  # one metre in front of the camera
+    assert torch.allclose(pixel / pixel[2], torch.tensor([48.0, 48, 1]))
+    assert camera_projection(None) is None
+
+
+def test_an_untrained_action_frame_stream_changes_nothing() -> None:
+    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1)
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    arguments = torch.randn(1, 2, 16, 12, 12), torch.ones(1), torch.randn(1, 3, 16, 12, 12), torch.randn(1, 2, 44)
+    with_frames = transformer(*arguments, torch.rand(1, 2, 3, 96, 96))
+    assert torch.equal(with_frames, transformer(*arguments))

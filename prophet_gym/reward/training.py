@@ -105,7 +105,7 @@ def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (gain * pixels + noise).clamp(0, 255).to(torch.uint8)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
     """Uncalibrated logits of every frame, each seen with its predecessor and its episode's start: float (N,)."""
     embeddings = _embeddings(arrays)

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
@@ -56,6 +57,8 @@ class ProphetPipeline(DiffusionPipeline):
         frame_stride (`int`): low-level actions between two video frames.
         control_hz (`int`): low-level actions a second.
         num_inference_steps (`int`): default number of sampling steps; one step is the conditional mean.
+        projection (`list[list[float]]`, *optional*): 3 x 4 camera matrix, intrinsics times world-to-camera extrinsics,
+            in pixels of the video. With it, the estimated end-effector poses are drawn as action frames.
     """
 
     model_cpu_offload_seq = "vae->transformer"
@@ -71,6 +74,7 @@ class ProphetPipeline(DiffusionPipeline):
         frame_stride: int = 4,
         control_hz: int = 20,
         num_inference_steps: int = 1,
+        projection: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         if chunk_size % frame_stride:
@@ -82,6 +86,7 @@ class ProphetPipeline(DiffusionPipeline):
             frame_stride=frame_stride,
             control_hz=control_hz,
             num_inference_steps=num_inference_steps,
+            projection=projection,
         )
         self.set_progress_bar_config(disable=True)
 
@@ -101,6 +106,7 @@ class ProphetPipeline(DiffusionPipeline):
                 transformer=transformer.eval(),
                 proprioception=ProprioceptionModel(hidden_dim=16).eval(),
                 scheduler=FlowMatchEulerDiscreteScheduler(),
+                projection=[[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]],
             )
 
     @property
@@ -182,7 +188,7 @@ class ProphetPipeline(DiffusionPipeline):
         actions = actions.to(device, dtype)
 
         # 1. The robot's own state, frame by frame, and the conditions made of it
-        condition, proprio = self.condition(proprio.to(device, torch.float32), actions)
+        condition, action_frames, proprio = self.condition(proprio.to(device, torch.float32), actions)
 
         # 2. Latent noise
         batch, _, channels, height, width = history.shape
@@ -194,7 +200,7 @@ class ProphetPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             sigma = self.scheduler.sigmas[index].to(device, dtype).expand(batch)
-            velocity = self.transformer(latents, sigma, history, condition)
+            velocity = self.transformer(latents, sigma, history, condition, action_frames)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
         # 4. Decode
@@ -235,21 +241,32 @@ class ProphetPipeline(DiffusionPipeline):
             clip.append(imagined.frames)
         return torch.cat(clip, dim=1)
 
-    def condition(self, proprio: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def condition(
+        self, proprio: torch.Tensor, actions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Roll the proprioception through a chunk and assemble the transformer's per-frame conditions.
 
         Args:
             proprio: float32 (B, P). actions: float (B, chunk_size, action_dim).
 
         Returns:
-            Conditions (B, chunk_frames, D_c) and the proprioception after the chunk, float32 (B, P).
+            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H, W), or None without a camera; the
+            proprioception after the chunk, float32 (B, P).
         """
-        conditions = []
+        conditions, poses = [], []
         for frame_actions in actions.unflatten(1, (self.chunk_frames, self.frame_stride)).unbind(1):
             following = self.proprioception(proprio, frame_actions.to(proprio.dtype))
             conditions.append(frame_condition(self.proprioception, proprio, following, frame_actions))
+            poses.append(following)
             proprio = following
-        return torch.stack(conditions, dim=1).to(actions.dtype), proprio
+        action_frames = self.action_frames(torch.stack(poses, dim=1))
+        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames, proprio
+
+    def action_frames(self, proprio: torch.Tensor) -> torch.Tensor | None:
+        """Draw poses (..., P) as action frames (..., 3, H, W); None if the camera is not known."""
+        if self.config.projection is None:
+            return None
+        return draw_action_frames(proprio, torch.tensor(self.config.projection, device=proprio.device), self.image_size)
 
     def _check_inputs(
         self, history: torch.Tensor, proprio: torch.Tensor, actions: torch.Tensor, steps: int | None

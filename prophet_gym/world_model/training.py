@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "autoencoder": {"steps": 5000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4000, "batch_size": 256, "learning_rate": 2e-3},
-        "transformer": {"steps": 3000, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 2400, "batch_size": 16, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
@@ -53,6 +53,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
+
+
+def camera_projection(camera: dict[str, Any] | None) -> list[list[float]] | None:
+    """Camera matrix 3 x 4, in pixels, of a data set's `intrinsics` (3 x 3) and camera-to-world `extrinsics` (4 x 4)."""
+    if camera is None:
+        return None
+    intrinsics = torch.tensor(camera["intrinsics"], dtype=torch.float64)
+    world_to_camera = torch.linalg.inv(torch.tensor(camera["extrinsics"], dtype=torch.float64))
+    return (intrinsics @ world_to_camera[:3]).tolist()
 
 
 def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size: int) -> LossFn:
@@ -114,13 +123,11 @@ def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch
 
 
 def transformer_loss(
-    transformer: ProphetTransformer3DModel,
-    proprioception: ProprioceptionModel,
+    pipeline: ProphetPipeline,
     arrays: EpisodeArrays,
     latents: torch.Tensor,
     *,
     batch_size: int,
-    chunk_frames: int,
     steps: int,
 ) -> LossFn:
     """Rectified flow on chunks of latents, in the form of an error on the clean chunk, over the model's own rollout.
@@ -134,7 +141,7 @@ def transformer_loss(
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule of chunks.
     """
-    device = transformer.device
+    transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chunks = 1 + int(step >= 0.6 * steps) + int(step >= 0.85 * steps)
@@ -147,11 +154,9 @@ def transformer_loss(
             before = clip.rows[:, present : present + chunk_frames]
             after = clip.rows[:, present + 1 : present + 1 + chunk_frames]
             clean = latents[after].float().to(device)
+            poses = arrays.proprio[after].to(device)
             condition = frame_condition(
-                proprioception,
-                arrays.proprio[before].to(device),
-                arrays.proprio[after].to(device),
-                arrays.actions[before].to(device),
+                pipeline.proprioception, arrays.proprio[before].to(device), poses, arrays.actions[before].to(device)
             )
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
             pure = torch.rand(batch_size, generator=generator) < 0.5
@@ -159,7 +164,7 @@ def transformer_loss(
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            velocity = transformer(sample, sigma, history, condition)
+            velocity = transformer(sample, sigma, history, condition, pipeline.action_frames(poses))
             predicted = sample - level * velocity
             moved = (clean - history[:, -1:]).abs().mean(2, keepdim=True)
             weight = 1 + 4 * moved / moved.mean()
@@ -230,6 +235,7 @@ def train(
     preset: str = "tiny",
     seed: int = 0,
     device: str = "cpu",
+    projection: list[list[float]] | None = None,
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
 
@@ -237,6 +243,7 @@ def train(
         train_arrays, val_arrays: frames, proprioception and actions of the two splits.
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
         preset: one of `PRESETS`. seed: of initial weights and batches. device: torch device.
+        projection: camera matrix of the data, see `ProphetPipeline`; None trains without action frames.
 
     Returns:
         The trained pipeline, EMA weights.
@@ -257,7 +264,12 @@ def train(
         proprioception = ProprioceptionModel(frame_stride=stride, **recipe["models"]["proprioception"]).to(device)
         transformer = ProphetTransformer3DModel(**recipe["models"]["transformer"]).to(device)
     pipeline = ProphetPipeline(
-        vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler(), image_size=train_arrays.frames.shape[1]
+        vae,
+        transformer,
+        proprioception,
+        FlowMatchEulerDiscreteScheduler(),
+        image_size=train_arrays.frames.shape[1],
+        projection=projection,
     )
 
     stage = dict(recipe["proprioception"])
@@ -273,13 +285,7 @@ def train(
 
     stage = dict(recipe["transformer"])
     loss_fn = transformer_loss(
-        transformer,
-        proprioception,
-        train_arrays,
-        latents,
-        batch_size=stage.pop("batch_size"),
-        chunk_frames=pipeline.chunk_frames,
-        steps=stage["steps"],
+        pipeline, train_arrays, latents, batch_size=stage.pop("batch_size"), steps=stage["steps"]
     )
     fit(
         "transformer",
