@@ -90,6 +90,13 @@ def clipped_objective(
     return objective
 
 
+def _layout(space: spaces.Space) -> Any:
+    """Shapes and dtypes of an observation space, without its bounds."""
+    if isinstance(space, spaces.Dict):
+        return {key: _layout(entry) for key, entry in space.items()}
+    return space.shape, space.dtype
+
+
 class FAGRPO(OnPolicyAlgorithm):
     """Flow-action GRPO (Reinforcing Action Policies by Prophesying, arXiv 2511.20633) for policies whose action is
     sampled by a flow.
@@ -329,10 +336,9 @@ class FAGRPO(OnPolicyAlgorithm):
             self._count_groups(self.env)
 
     def _copy_initial_policy(self, initial: FlowPolicy) -> None:
-        if (
-            initial.observation_space != self.policy.observation_space
-            or initial.action_space != self.policy.action_space
-        ):
+        # The bounds of an observation may differ: a policy that was cloned from recordings does not know them.
+        same_observations = _layout(initial.observation_space) == _layout(self.policy.observation_space)
+        if not same_observations or initial.action_space != self.policy.action_space:
             raise ValueError(
                 "the given policy does not fit the environment: it has spaces "
                 f"{initial.observation_space} -> {initial.action_space}, the environment "

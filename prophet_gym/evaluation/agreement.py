@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,13 @@ def video_report(
     curves: dict[str, NDArray[np.float64]] = {}
     report: dict[str, float] = {"episodes": float(count), "frames": float(real.shape[1])}
     for name, video in (("prophet", imagined), ("copy", copied), ("autoencoder", ceiling)):
-        curves[name] = psnr(video, real)[:, 1:].clamp(max=60).mean(0).numpy()
-        curves[f"{name} (moving pixels)"] = moving_psnr(video, real)[:, 1:].clamp(max=60).nanmean(0).numpy()
+        curves[name] = _batched(psnr, video, real)[:, 1:].clamp(max=60).mean(0).numpy()
+        curves[f"{name} (moving pixels)"] = _batched(moving_psnr, video, real)[:, 1:].clamp(max=60).nanmean(0).numpy()
         report[f"episode_psnr_{name}"] = float(curves[name].mean())
         report[f"episode_moving_psnr_{name}"] = float(np.nanmean(curves[f"{name} (moving pixels)"]))
         report[f"final_psnr_{name}"] = float(curves[name][-1])
-        report[f"episode_ssim_{name}"] = float(ssim(video, real)[:, 1:].mean())
-        report[f"episode_tssim_{name}"] = float(temporal_ssim(video, real).mean())
+        report[f"episode_ssim_{name}"] = float(_batched(ssim, video, real)[:, 1:].mean())
+        report[f"episode_tssim_{name}"] = float(_batched(temporal_ssim, video, real).mean())
 
     chunks = _next_chunks(pipeline, arrays, count, real.shape[1], seed)
     frames = pipeline.chunk_frames
@@ -157,10 +157,12 @@ def video_report(
         ("copy", np.repeat(present, frames + 1, axis=2)),
         ("autoencoder", ceiling),
     ):
-        report[f"next_chunk_psnr_{name}"] = float(psnr(video, target)[..., 1:].clamp(max=60).mean())
-        report[f"next_chunk_moving_psnr_{name}"] = float(moving_psnr(video, target)[..., 1:].clamp(max=60).nanmean())
-        report[f"next_chunk_ssim_{name}"] = float(ssim(video, target)[..., 1:].mean())
-        report[f"next_chunk_tssim_{name}"] = float(temporal_ssim(video, target).mean())
+        report[f"next_chunk_psnr_{name}"] = float(_batched(psnr, video, target)[..., 1:].clamp(max=60).mean())
+        report[f"next_chunk_moving_psnr_{name}"] = float(
+            _batched(moving_psnr, video, target)[..., 1:].clamp(max=60).nanmean()
+        )
+        report[f"next_chunk_ssim_{name}"] = float(_batched(ssim, video, target)[..., 1:].mean())
+        report[f"next_chunk_tssim_{name}"] = float(_batched(temporal_ssim, video, target).mean())
     return report, curves
 
 
@@ -285,6 +287,17 @@ def _next_chunks(
         generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
         chunks.append(pipeline.imagine(history, arrays.proprio[rows], actions, generator).frames)
     return torch.stack(chunks).numpy()
+
+
+def _batched(
+    metric: Callable[[NDArray[np.uint8], NDArray[np.uint8]], torch.Tensor],
+    imagined: NDArray[np.uint8],
+    real: NDArray[np.uint8],
+    batch_size: int = 8,
+) -> torch.Tensor:
+    """A metric of many videos, a few at a time: the metrics compute in float64, sixteen bytes a pixel and more."""
+    batches = range(0, len(real), batch_size)
+    return torch.cat([metric(imagined[k : k + batch_size], real[k : k + batch_size]) for k in batches])
 
 
 def _draw_curves(curves: dict[str, NDArray[np.float64]], path: Path, title: str) -> None:
