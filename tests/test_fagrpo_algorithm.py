@@ -1,5 +1,6 @@
 """FAGRPO: its objective against theory, and that success rises."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -397,3 +398,12 @@ def test_a_policy_for_other_spaces_is_refused(cloned: FlowPolicy) -> None:
         FAGRPO(cloned, "Pendulum-v1", group_size=2)
     with pytest.raises(ValueError, match="one or the other"):
         FAGRPO(cloned, point_envs(8), policy_kwargs={})
+
+
+def test_a_policy_cloned_from_recordings_fits_whatever_the_bounds_of_its_observations(cloned: FlowPolicy) -> None:
+    recorded = copy.deepcopy(cloned)
+    space = recorded.observation_space
+    assert isinstance(space, spaces.Box)
+    recorded.observation_space = spaces.Box(-np.inf, np.inf, space.shape, space.dtype)  # type: ignore[arg-type]
+    model = FAGRPO(recorded, point_envs(8), group_size=2)
+    assert all(torch.equal(model.policy.state_dict()[key], value) for key, value in cloned.state_dict().items())
