@@ -66,7 +66,7 @@ def test_sb3_trains_on_the_shipped_world_model() -> None:
 @pytest.mark.slow
 def test_the_quickstart(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    arguments = ["--minutes", "0.2", "--num-envs", "8", "--repeats", "1", "--prophet-only", "--out", str(tmp_path)]
+    arguments = ["--minutes", "0.5", "--num-envs", "8", "--repeats", "1", "--prophet-only", "--out", str(tmp_path)]
     subprocess.run([sys.executable, str(script), *arguments], check=True)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["success"]["Prophet"]["after"]) == 50 and len(results["training_curve"]) >= 1
