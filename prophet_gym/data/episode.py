@@ -11,6 +11,8 @@ SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
 KINDS = ("clean", "noisy", "counterfactual", "policy")
 ACTION_DIM = 7
 PROPRIO_DIM = 8
+PROPRIO_BOUND = 10.0
+"""Bound of the proprioception space in metres and radians: far beyond the reach of the arm."""
 ORIENTATIONS = ("upright", "upside_down", "mirrored", "rotated_180")
 ACTION_TOLERANCE = 1e-6
 """Actions may leave [-1, 1] by at most this much (rounding)."""

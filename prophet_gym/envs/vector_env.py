@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM
+from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM
 from prophet_gym.data.instructions import EMBEDDING_DIM
 from prophet_gym.envs.models import WorldModel, resolve_models
 from prophet_gym.envs.start_states import ResetRequest, StartState, instruction_embedding, load_start_states, user_start
@@ -23,8 +23,6 @@ from prophet_gym.reward.base import RewardModel
 Observation = dict[str, NDArray[Any]]
 
 REWARD_TYPES = ("sparse", "probability")
-PROPRIO_BOUND = 10.0
-"""Bound of the proprioception space in metres and radians: far beyond the reach of the arm."""
 
 _STATE = ("_history", "_proprio", "_embeddings", "_lengths", "_probability", "_done", "_starts", "_seeds")
 

@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_DIM, SPLITS
-from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.data.episode import ACTION_DIM, ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM, SPLITS
+from prophet_gym.data.instructions import EMBEDDING_DIM, embed_instructions
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
@@ -22,9 +22,6 @@ Observation = dict[str, NDArray[Any]]
 SUITES = ("libero_object", "libero_spatial", "libero_goal", "libero_10")
 CHUNK = 8
 FRAME_STRIDE = 4
-ACTION_DIM = 7
-EMBEDDING_DIM = 384
-PROPRIO_BOUND = 10.0
 _OPTIONS = ("suite", "task", "init_state")
 
 
