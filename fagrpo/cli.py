@@ -1,6 +1,7 @@
 """Command line: ``fagrpo sft`` (behaviour cloning) and ``fagrpo train`` (reinforcement learning)."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ CHUNK = 8
 
 
 def load_demonstrations(
-    root: Path, suites: Sequence[str] | None, kinds: Sequence[str], split: str, max_episodes: int | None = None
+    roots: Sequence[Path], kinds: Sequence[str], split: str, max_episodes: int | None = None
 ) -> Demonstrations:
     """Successful recorded episodes as pairs of observation and chunk, one per frame at which a chunk can begin.
 
@@ -28,11 +29,10 @@ def load_demonstrations(
     episode's end repeat the last gripper command without motion. Starts at even and odd frames count as separate
     episodes (a policy acts at every second frame), so that frame stacking matches execution.
 
-    :param root: a finalised data set in the LeRobot format
-    :param suites: of LIBERO; None: all
+    :param roots: finalised data sets in the LeRobot format
     :param kinds: of episodes, for example "clean"
     :param split: "train" or "val"
-    :param max_episodes: use at most this many; None: all
+    :param max_episodes: use at most this many of each data set; None: all
     :return: observations image (N, H, W, 3), proprio (N, 8), instruction (N, 384); actions (N, 8, 7)
     :raises ValueError: no episode matches
     """
@@ -42,9 +42,10 @@ def load_demonstrations(
     images, proprio, actions, episode_ids = [], [], [], []
     texts: list[str] = []
     used = 0
-    for episode in EpisodeDataset(root).select(split=split, suite=suites, kind=kinds):
-        if not episode.outcome:
-            continue
+    selected = [EpisodeDataset(root).select(split=split, kind=kinds) for root in roots]
+    for episode in itertools.chain.from_iterable(
+        itertools.islice((episode for episode in dataset if episode.outcome), max_episodes) for dataset in selected
+    ):
         frame_stride = episode.actions.shape[1]
         commands = episode.actions.reshape(-1, episode.actions.shape[2])  # (T * stride, 7)
         idle = np.zeros((CHUNK, commands.shape[1]), dtype=np.float32)
@@ -59,12 +60,8 @@ def load_demonstrations(
             texts.append(episode.instruction)
             episode_ids.append(used * chunk_frames + frame % chunk_frames)
         used += 1
-        if used == max_episodes:
-            break
     if used == 0:
-        raise ValueError(
-            f"no successful {split} episode of kind {', '.join(kinds)} and suite {suites or 'any'} in {root}"
-        )
+        raise ValueError(f"no successful {split} episode of kind {', '.join(kinds)} in {', '.join(map(str, roots))}")
     unique = sorted(set(texts))
     table = dict(zip(unique, embed_instructions(unique), strict=True))
     order = np.argsort(np.array(episode_ids), kind="stable")
@@ -92,9 +89,9 @@ def _spaces_of(demonstrations: Demonstrations) -> tuple[spaces.Dict, spaces.Box]
 
 def sft(arguments: argparse.Namespace) -> int:
     """Behaviour cloning from a recorded data set; writes the policy to ``--out``."""
-    demonstrations = load_demonstrations(
-        arguments.data, arguments.suite, arguments.kind, "train", arguments.episodes
-    ).stack_frames(arguments.frame_stack)
+    demonstrations = load_demonstrations(arguments.data, arguments.kind, "train", arguments.episodes).stack_frames(
+        arguments.frame_stack
+    )
     policy_kwargs: dict[str, Any] = {"num_flow_steps": arguments.num_flow_steps}
     if arguments.blind:
         policy_kwargs["observation_keys"] = ["proprio", "instruction"]
@@ -190,11 +187,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     clone = commands.add_parser("sft", help="clone recorded demonstrations", formatter_class=formatter)
-    clone.add_argument("data", type=Path, help="data set in the LeRobot format, as `prophet record` writes it")
+    clone.add_argument("data", type=Path, nargs="+", help="data sets in the LeRobot format, as `prophet record` writes")
     clone.add_argument("--out", type=Path, required=True, help="folder for policy, TensorBoard and training state")
-    clone.add_argument("--suite", nargs="+", help="use only these LIBERO suites")
     clone.add_argument("--kind", nargs="+", default=["clean"], help="kinds of episodes to imitate")
-    clone.add_argument("--episodes", type=int, help="use at most this many episodes")
+    clone.add_argument("--episodes", type=int, help="use at most this many episodes of each data set")
     clone.add_argument("--updates", type=int, default=5000, help="optimiser steps")
     clone.add_argument("--max-seconds", type=float, help="stop after this wall-clock time")
     clone.add_argument("--batch-size", type=int, default=64)

@@ -17,7 +17,11 @@ def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.world_model.training import camera_projection, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    cameras = [camera_projection(dataset.info["prophet"].get("camera")) for dataset in datasets]
+    cameras = {
+        dataset.records[0].suite: camera_projection(dataset.info["prophet"]["camera"])
+        for dataset in datasets
+        if dataset.info["prophet"].get("camera")
+    }
     train(
         load_arrays(datasets, "train"),
         load_arrays(datasets, "val"),
@@ -25,8 +29,7 @@ def _train(arguments: argparse.Namespace) -> None:
         preset=arguments.preset,
         seed=arguments.seed,
         device=arguments.device,
-        # One drawing serves all data only if all were seen through one camera.
-        projection=cameras[0] if all(camera == cameras[0] for camera in cameras) else None,
+        cameras=cameras,
     )
 
 

@@ -1,5 +1,6 @@
 """Which models an environment uses: by name, by path or by object, loaded once per process."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,10 +53,17 @@ class WorldModel(Protocol):
         history: torch.Tensor,
         proprio: torch.Tensor,
         actions: torch.Tensor,
+        *,
+        start_images: NDArray[np.uint8],
+        suites: Sequence[str],
         generator: list[torch.Generator] | None,
         num_inference_steps: int | None,
     ) -> Imagined:
-        """What happens during one chunk of actions float32 (B, chunk_size, action_dim), from proprio float32 (B, 8)."""
+        """What happens during one chunk of actions float32 (B, chunk_size, action_dim), from proprio float32 (B, 8).
+
+        :param start_images: uint8 (B, H, W, 3), the first frames of these episodes.
+        :param suites: B names, by which a world model knows the cameras.
+        """
 
 
 def resolve_models(

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM
 from prophet_gym.data.instructions import EMBEDDING_DIM
 from prophet_gym.envs.models import WorldModel, resolve_models
-from prophet_gym.envs.start_states import ResetRequest, StartState, instruction_embedding, load_start_states, user_start
+from prophet_gym.envs.start_states import (
+    USER_SUITE,
+    ResetRequest,
+    StartState,
+    instruction_embedding,
+    load_start_states,
+    user_start,
+)
 from prophet_gym.reward.base import RewardModel
 
 Observation = dict[str, NDArray[Any]]
@@ -321,6 +328,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             self._embeddings[i] = instruction_embedding(start.instruction)
         self._judge(rows)
 
+    def _starts_of(self, rows: NDArray[np.int64]) -> list[StartState]:
+        """The starts of envs ``rows``, all of which have been reset."""
+        return [start for start in (self._starts[i] for i in rows.tolist()) if start is not None]
+
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
         assert self._history is not None  # reset() comes first
@@ -329,6 +340,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             self._history[index],
             torch.from_numpy(self._proprio[rows]).to(device),
             torch.from_numpy(actions).to(device),
+            start_images=self._clips[rows, 0],
+            # A user's own start is taken to be seen through the camera of the suite the env was made for.
+            suites=[self.suite if start.suite == USER_SUITE else start.suite for start in self._starts_of(rows)],
             generator=[self._noise[i] for i in rows.tolist()],
             num_inference_steps=self.num_sampling_steps,
         )
@@ -352,7 +366,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._probability[rows] = self.reward_model.score(
             clips if rows.size == self.num_envs else clips[rows],
             lengths,
-            [start.instruction for start in (self._starts[i] for i in rows.tolist()) if start is not None],
+            [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
         )
 

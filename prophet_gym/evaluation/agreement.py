@@ -68,17 +68,17 @@ def evaluate(
     for path in data:
         dataset = EpisodeDataset(path)
         arrays = load_arrays(dataset, split)
-        control = load_actions(dataset, "train")
+        control = load_actions(dataset, "train", pipeline.chunk_frames)
         name = arrays.records[0].suite
         count = len(arrays.records) if episodes is None else min(episodes, len(arrays.records))
         imagined, proprio_error = replay_episodes(pipeline, arrays, count, seed)
-        real = _real_clips(arrays, count)
+        real = _real_clips(arrays, count, pipeline.chunk_frames)
         video, curves = video_report(pipeline, arrays, real, imagined, count, seed)
         results[name] = {
             "split": split,
             "video": video,
             "proprio_cm": {"mean_end": float(proprio_error[:, -1].mean()), "mean": float(proprio_error.mean())},
-            "outcome": outcome_report(judge, arrays, imagined, count, control),
+            "outcome": outcome_report(judge, arrays, real, imagined, pipeline.chunk_frames, control),
         }
         _draw_curves(curves, report / f"drift_{name}.png", name)
         _draw_contact_sheet(real, imagined, report / f"contact_sheet_{name}.png")
@@ -98,23 +98,20 @@ def replay_episodes(
         Frames uint8 (count, T + 1, H, W, 3), and the error of the estimated end-effector position in cm, float
         (count, T / chunk_frames), at the end of each chunk.
     """
-    length = _common_length(arrays, count, pipeline.chunk_frames)
+    steps = torch.arange(_common_length(arrays, count, pipeline.chunk_frames))
     clips, errors = [], []
     for rows in tqdm(torch.arange(count).split(batch_size), desc="replaying"):
-        index = arrays.starts[rows][:, None] + torch.arange(length)
-        history = pipeline.init_history(arrays.frames[index[:, 0]])
-        proprio = arrays.proprio[index[:, 0]]
-        generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
-        clip, error = [arrays.frames[index[:, :1]]], []
-        for start in range(0, length - 1, pipeline.chunk_frames):
-            actions = arrays.actions[index[:, start : start + pipeline.chunk_frames]].flatten(1, 2)
-            chunk = pipeline.imagine(history, proprio, actions, generator)
-            history, proprio = chunk.history, chunk.proprio
-            clip.append(chunk.frames)
-            true = arrays.proprio[index[:, start + pipeline.chunk_frames], :3]
-            error.append(100 * (proprio[:, :3].cpu() - true).norm(dim=-1))
-        clips.append(torch.cat(clip, dim=1))
-        errors.append(torch.stack(error, dim=1))
+        index = arrays.starts[rows][:, None] + steps
+        clip, estimates = pipeline.replay(
+            arrays.frames[index[:, 0]],
+            arrays.proprio[index[:, 0]],
+            arrays.actions[index[:, :-1]].flatten(1, 2),
+            [arrays.records[row].suite for row in rows],
+            [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows],
+        )
+        true = arrays.proprio[index[:, pipeline.chunk_frames :: pipeline.chunk_frames]]
+        clips.append(clip)
+        errors.append(100 * (estimates - true)[..., :3].norm(dim=-1))
     return torch.cat(clips).numpy(), torch.cat(errors).double().numpy()
 
 
@@ -169,8 +166,9 @@ def video_report(
 def outcome_report(
     judge: RewardModel,
     arrays: EpisodeArrays,
+    real: NDArray[np.uint8],
     imagined: NDArray[np.uint8],
-    count: int,
+    chunk_frames: int,
     control: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, dict[str, float]]:
     """How often the judged outcome agrees with the real one: on the real video, on the imagined one, from actions
@@ -180,27 +178,29 @@ def outcome_report(
     is when an environment would have ended it.
 
     Args:
+        real, imagined: clips (N, T + 1, H, W, 3) of the first N episodes of `arrays`.
+        chunk_frames: frames of a chunk.
         control: actions (E, D) and outcomes (E,) of training episodes, see `load_actions`.
 
     Returns:
         `episode_metrics` of `real_frames`, `imagined_frames` and `actions_only`.
     """
-    first = _first_episodes(arrays, count)
-    _, solved = episode_peaks(first, torch.zeros(len(first.frames)))
-    real = _real_clips(arrays, count)
+    first = _first_episodes(arrays, len(real))
+    _, solved = episode_peaks(first, torch.zeros(len(first.frames)), chunk_frames)
     report = {
-        "real_frames": episode_metrics(_judge(judge, first, real), solved, judge.threshold),
-        "imagined_frames": episode_metrics(_judge(judge, first, imagined), solved, judge.threshold),
+        name: episode_metrics(_judge(judge, first, clips, chunk_frames), solved, judge.threshold)
+        for name, clips in (("real_frames", real), ("imagined_frames", imagined))
     }
     probability = _predict_from_actions(control, _action_features(first))
     report["actions_only"] = episode_metrics(probability, solved, 0.5)
     return report
 
 
-def load_actions(dataset: EpisodeDataset, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_actions(dataset: EpisodeDataset, split: str, chunk_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of the actions (E, D) and outcomes (E,) of a split, for the control that sees nothing else."""
     arrays = load_arrays(dataset, split, progress=False)
-    return _action_features(arrays), torch.from_numpy(episode_peaks(arrays, torch.zeros(len(arrays.frames)))[1])
+    _, solved = episode_peaks(arrays, torch.zeros(len(arrays.frames)), chunk_frames)
+    return _action_features(arrays), torch.from_numpy(solved)
 
 
 def _action_features(arrays: EpisodeArrays) -> torch.Tensor:
@@ -227,13 +227,15 @@ def _predict_from_actions(control: tuple[torch.Tensor, torch.Tensor], features: 
         return torch.sigmoid(network.eval()(features)[:, 0]).double().numpy()
 
 
-def _judge(judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _judge(
+    judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], chunk_frames: int
+) -> NDArray[np.float64]:
     """Highest probability at the end of any chunk, per clip (N, T + 1, H, W, 3): float (N,)."""
     instructions = [record.instruction for record in arrays.records]
     embeddings = embed_instructions(instructions)
     scores = [
         judge.score(clips[:, : end + 1], np.full(len(clips), end + 1), instructions, embeddings)
-        for end in range(2, clips.shape[1], 2)
+        for end in range(chunk_frames, clips.shape[1], chunk_frames)
     ]
     return np.max(scores, axis=0).astype(np.float64)
 
@@ -256,18 +258,19 @@ def _common_length(arrays: EpisodeArrays, count: int, chunk_frames: int) -> int:
     return shortest - shortest % chunk_frames + 1
 
 
-def _real_clips(arrays: EpisodeArrays, count: int, chunk_frames: int = 2) -> NDArray[np.uint8]:
+def _real_clips(arrays: EpisodeArrays, count: int, chunk_frames: int) -> NDArray[np.uint8]:
     index = arrays.starts[:count, None] + torch.arange(_common_length(arrays, count, chunk_frames))
     return arrays.frames[index].numpy()
 
 
 @torch.inference_mode()
-def _reconstruct(pipeline: ProphetPipeline, real: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    frames = torch.from_numpy(real).flatten(0, 1)
-    batches = [
-        pixels_to_frames(pipeline.vae(frames_to_pixels(batch).to(pipeline.device))).cpu() for batch in frames.split(128)
-    ]
-    return torch.cat(batches).unflatten(0, real.shape[:2]).numpy()
+def _reconstruct(pipeline: ProphetPipeline, real: NDArray[np.uint8], batch_size: int = 4) -> NDArray[np.uint8]:
+    """The clips (N, T + 1, H, W, 3), encoded and decoded: the best that this autoencoder can show."""
+    clips = []
+    for batch in torch.from_numpy(real).split(batch_size):
+        pixels = frames_to_pixels(batch).to(pipeline.device)
+        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0])).cpu())
+    return torch.cat(clips).numpy()
 
 
 def _next_chunks(
@@ -278,14 +281,16 @@ def _next_chunks(
     present = arrays.starts[:count, None] + torch.arange(0, length - 1, frames)  # (count, N)
     past = torch.arange(2 - pipeline.transformer.config.history_frames, 1)
     chunks = []
-    for start, rows in zip(arrays.starts[:count], present, strict=True):
+    for start, rows, record in zip(arrays.starts[:count], present, arrays.records[:count], strict=True):
         recent = (rows[:, None] + past).clamp(min=int(start))  # (N, T_h - 1)
         index = torch.cat([start.expand(len(rows), 1), recent], dim=1)
         shown = arrays.frames[index]
         history = pipeline.init_history(shown.flatten(0, 1))[:, -1].unflatten(0, index.shape)
         actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
         generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
-        chunks.append(pipeline.imagine(history, arrays.proprio[rows], actions, generator).frames)
+        start_images, suites = arrays.frames[start].expand(len(rows), -1, -1, -1), [record.suite] * len(rows)
+        chunk = pipeline.imagine(history, arrays.proprio[rows], actions, start_images, suites, generator)
+        chunks.append(chunk.frames)
     return torch.stack(chunks).numpy()
 
 

@@ -209,12 +209,22 @@ class LiberoSimulation:
         return list(self._env.env.objects_dict)
 
     @property
+    def surface_names(self) -> list[str]:
+        """Names of the places on fixtures that a goal can ask for (top of the cabinet, plate of the stove, rack)."""
+        sites = self._env.env.object_sites_dict
+        return [name for name, site in sites.items() if site.parent_name in self.fixture_names and not site.joints]
+
+    @property
     def fixture_names(self) -> list[str]:
         """Names of the fixtures that have a body (cabinet, stove, rack)."""
         return [name for name in self._roots if name not in self._env.env.objects_dict]
 
     def geometry(self, name: str) -> ObjectGeometry:
-        """Where an object is and how large (its collision geoms)."""
+        """Where an object (its collision geoms) or a surface is, and how large."""
+        if name not in self._roots:
+            site = self._model.site(name).id
+            size = 2 * np.array(self._env.env.object_sites_dict[name].size, dtype=np.float64)
+            return ObjectGeometry(self._data.site_xpos[site].copy(), self._data.site_xmat[site].reshape(3, 3), size)
         rotation = self._data.xmat[self._roots[name]].reshape(3, 3).copy()
         centers, rotations, halves = self._boxes(self._geoms[name])
         centers = centers @ rotation  # in the axes of the body

@@ -41,38 +41,42 @@ def draw_action_frames(proprio: torch.Tensor, projection: torch.Tensor, image_si
     """Draw end-effector poses as soft lines on a black canvas, seen through the camera (paper, action frames).
 
     Red is the approach axis, from the grip site towards the wrist; green joins the two finger tips; blue lies along the
-    palm, across both.
+    palm, across both. The canvas has half the video's resolution, which soft lines do not feel.
 
     Args:
-        proprio: float32 (..., 8): position (m, world), axis-angle (rad), finger positions (m).
-        projection: float32 (3, 4), intrinsics times world-to-camera extrinsics, in pixels of the canvas.
-        image_size: side of the canvas, pixels.
+        proprio: float32 (B, F, 8): position (m, world), axis-angle (rad), finger positions (m).
+        projection: float32 (B, 3, 4), intrinsics times world-to-camera extrinsics, in pixels of the video; zeros where
+            the camera is not known.
+        image_size: side S of the video, pixels, even.
 
     Returns:
-        float32 (..., 3, image_size, image_size) in [0, 1].
+        float32 (B, F, 3, S / 2, S / 2) in [0, 1]; black where the camera is not known.
     """
     position, axis_angle, fingers = proprio.split([3, 3, 2], dim=-1)
     zero = torch.zeros_like(axis_angle[..., 0])
     x, y, z = axis_angle.unbind(-1)
     skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
     along_palm, across_fingers, approach = torch.linalg.matrix_exp(skew).unbind(-1)
-    tips = across_fingers[..., None, :] * fingers[..., :, None]  # (..., 2, 3)
+    tips = across_fingers[..., None, :] * fingers[..., :, None]  # (B, F, 2, 3)
     begin = torch.stack([position, position + tips[..., 0, :], position - 0.03 * along_palm], dim=-2)
     end = torch.stack(
         [position - GRIPPER_AXIS_LENGTH * approach, position + tips[..., 1, :], position + 0.03 * along_palm], dim=-2
     )
-    begin, end = _project(begin, projection), _project(end, projection)  # (..., 3 lines, 2), pixels
+    begin, end = _project(begin, projection), _project(end, projection)  # (B, F, 3 lines, 2), pixels
 
-    centres = torch.arange(image_size, device=proprio.device) + 0.5
-    pixels = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)  # (H, W, 2)
-    offset = pixels - begin[..., None, None, :]  # (..., 3, H, W, 2)
-    direction = (end - begin)[..., None, None, :]
-    share = (offset * direction).sum(-1) / direction.square().sum(-1).clamp(min=1e-6)
-    distance = (offset - share.clamp(0, 1)[..., None] * direction).square().sum(-1)
-    return torch.exp(-distance / (2 * LINE_WIDTH**2))
+    # Distance of every pixel centre from each line segment; rows (B, F, 3, H, 1) and columns (B, F, 3, 1, W) apart.
+    centres = torch.arange(1, image_size, 2, device=proprio.device, dtype=proprio.dtype)
+    from_begin_x = centres - begin[..., 0, None, None]
+    from_begin_y = centres[:, None] - begin[..., 1, None, None]
+    along_x, along_y = (end - begin)[..., None, None].unbind(-3)
+    length = (along_x.square() + along_y.square()).clamp(min=1e-6)
+    share = ((from_begin_x * along_x + from_begin_y * along_y) / length).clamp(0, 1)
+    distance = (from_begin_x - share * along_x).square() + (from_begin_y - share * along_y).square()
+    known = projection.any(dim=2).any(dim=1)[:, None, None, None, None]
+    return torch.exp(-distance / (2 * LINE_WIDTH**2)) * known
 
 
 def _project(points: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Pixel coordinates (..., 2) of world points (..., 3)."""
-    homogeneous = points @ projection[:, :3].T + projection[:, 3]
+    """Pixel coordinates (B, F, L, 2) of world points (B, F, L, 3) seen by cameras (B, 3, 4)."""
+    homogeneous = torch.einsum("bij,bflj->bfli", projection[:, :, :3], points) + projection[:, None, None, :, 3]
     return homogeneous[..., :2] / homogeneous[..., 2:].clamp(min=1e-3)

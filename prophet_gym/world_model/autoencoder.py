@@ -28,17 +28,21 @@ class ResidualBlock(nn.Module):
 
 class ProphetAutoencoder(ModelMixin, ConfigMixin):
     r"""
-    Per-frame autoencoder with 8x spatial compression.
+    Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with.
 
-    The first factor of two is a pixel-unshuffle, which costs nothing; the others are strided convolutions. The
-    latents are standardised per channel with the buffers `latent_mean` and `latent_std`, which training fills in, so
-    that the transformer works on zero mean and unit variance.
+    Encoder: a frame by itself. Its first factor of two is a pixel-unshuffle, which costs nothing; the others are
+    strided convolutions. The latents are standardised per channel with the buffers `latent_mean` and `latent_std`,
+    which training fills in, so that the transformer works on zero mean and unit variance.
+
+    Decoder: features of the reference frame are added at every resolution, and the last layer decides pixel by pixel
+    how much of the reference to keep. Before a fixed camera most of the scene never moves: what stands still is copied
+    at full sharpness however long a rollout lasts, and the latents are spent on what changes.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         block_channels (`tuple[int, int, int]`, defaults to `(24, 48, 128)`): widths at 1/2, 1/4 and 1/8 resolution.
         encoder_blocks (`tuple[int, int, int]`, defaults to `(0, 1, 1)`): residual blocks at each resolution, encoder.
-        decoder_blocks (`tuple[int, int, int]`, defaults to `(0, 2, 2)`): the same for the decoder.
+        decoder_blocks (`tuple[int, int, int]`, defaults to `(1, 2, 2)`): the same for the decoder.
     """
 
     spatial_compression = 8
@@ -49,7 +53,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         latent_channels: int = 16,
         block_channels: tuple[int, int, int] = (24, 48, 128),
         encoder_blocks: tuple[int, int, int] = (0, 1, 1),
-        decoder_blocks: tuple[int, int, int] = (0, 2, 2),
+        decoder_blocks: tuple[int, int, int] = (1, 2, 2),
     ) -> None:
         super().__init__()
         half, quarter, eighth = block_channels
@@ -64,19 +68,26 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(eighth, latent_channels, 1),
         )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, eighth, 3, padding=1),
-            *(ResidualBlock(eighth) for _ in range(decoder_blocks[2])),
-            nn.Conv2d(eighth, 4 * quarter, 1),
-            nn.PixelShuffle(2),
-            *(ResidualBlock(quarter) for _ in range(decoder_blocks[1])),
-            nn.Conv2d(quarter, 4 * half, 1),
-            nn.PixelShuffle(2),
-            *(ResidualBlock(half) for _ in range(decoder_blocks[0])),
-            nn.SiLU(),
-            nn.Conv2d(half, 12, 3, padding=1),
-            nn.PixelShuffle(2),
+        # Coarse to fine in both lists: stage k runs at the resolution of reference feature k.
+        self.reference = nn.ModuleList(
+            [
+                nn.Sequential(nn.SiLU(), nn.Conv2d(quarter, eighth, 4, stride=2, padding=1)),
+                nn.Sequential(nn.SiLU(), nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
+                nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, half, 3, padding=1)),
+            ]
         )
+        self.upsample = nn.ModuleList(
+            [
+                nn.Conv2d(latent_channels, eighth, 3, padding=1),
+                nn.Sequential(nn.Conv2d(eighth, 4 * quarter, 1), nn.PixelShuffle(2)),
+                nn.Sequential(nn.Conv2d(quarter, 4 * half, 1), nn.PixelShuffle(2)),
+            ]
+        )
+        self.decoder = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
+            for channels, count in zip((eighth, quarter, half), decoder_blocks[::-1], strict=True)
+        )
+        self.to_pixels = nn.Sequential(nn.SiLU(), nn.Conv2d(half, 16, 3, padding=1), nn.PixelShuffle(2))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -100,10 +111,29 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         latents = self.encoder(pixels)
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode standardised latents (N, C, h, w) to pixels, float (N, 3, 8 h, 8 w), nominally in [-1, 1]."""
-        return self.decoder(latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None])
+    def decode(self, latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Decode the latents of some frames of each episode.
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Reconstruct pixels (N, 3, H, W) -> (N, 3, H, W)."""
-        return self.decode(self.encode(pixels))
+        Args:
+            latents: standardised, float (B, F, C, h, w).
+            reference: pixels of the frame that each episode began with, float (B, 3, 8 h, 8 w) in [-1, 1].
+
+        Returns:
+            Pixels, float (B, F, 3, 8 h, 8 w), nominally in [-1, 1].
+        """
+        batch, frames = latents.shape[:2]
+        features = [reference]
+        for stage in reversed(self.reference):
+            features.insert(0, stage(features[0]))
+        latents = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        hidden_states = latents.flatten(0, 1)
+        for upsample, feature, blocks in zip(self.upsample, features[:-1], self.decoder, strict=True):
+            hidden_states = upsample(hidden_states) + feature.repeat_interleave(frames, dim=0)
+            hidden_states = blocks(hidden_states)
+        pixels = self.to_pixels(hidden_states).unflatten(0, (batch, frames))
+        keep = torch.sigmoid(pixels[:, :, 3:])
+        return keep * reference[:, None] + (1 - keep) * pixels[:, :, :3]
+
+    def forward(self, pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """Reconstruct pixels (B, F, 3, H, W) of episodes that began with `reference` (B, 3, H, W)."""
+        return self.decode(self.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]), reference)

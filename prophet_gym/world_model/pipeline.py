@@ -1,5 +1,6 @@
 """ProphetPipeline: from frames, proprioception and a chunk of actions to the frames that follow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,9 @@ class ProphetPipeline(DiffusionPipeline):
         frame_stride (`int`): low-level actions between two video frames.
         control_hz (`int`): low-level actions a second.
         num_inference_steps (`int`): default number of sampling steps; one step is the conditional mean.
-        projection (`list[list[float]]`, *optional*): 3 x 4 camera matrix, intrinsics times world-to-camera extrinsics,
-            in pixels of the video. With it, the estimated end-effector poses are drawn as action frames.
+        cameras (`dict[str, list[list[float]]]`, *optional*): for each suite whose camera is known its 3 x 4 matrix,
+            intrinsics times world-to-camera extrinsics, in pixels of the video: the estimated end-effector poses are
+            drawn through it as action frames. The action frames of other suites are black.
     """
 
     model_cpu_offload_seq = "vae->transformer"
@@ -74,7 +76,7 @@ class ProphetPipeline(DiffusionPipeline):
         frame_stride: int = 4,
         control_hz: int = 20,
         num_inference_steps: int = 1,
-        projection: list[list[float]] | None = None,
+        cameras: dict[str, list[list[float]]] | None = None,
     ) -> None:
         super().__init__()
         if chunk_size % frame_stride:
@@ -86,7 +88,7 @@ class ProphetPipeline(DiffusionPipeline):
             frame_stride=frame_stride,
             control_hz=control_hz,
             num_inference_steps=num_inference_steps,
-            projection=projection,
+            cameras=cameras or {},
         )
         self.set_progress_bar_config(disable=True)
 
@@ -106,7 +108,9 @@ class ProphetPipeline(DiffusionPipeline):
                 transformer=transformer.eval(),
                 proprioception=ProprioceptionModel(hidden_dim=16).eval(),
                 scheduler=FlowMatchEulerDiscreteScheduler(),
-                projection=[[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]],
+                cameras={
+                    "libero_object": [[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]]
+                },
             )
 
     @property
@@ -147,14 +151,7 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shape or dtype differ from the above.
         """
-        images = torch.as_tensor(images)
-        size = self.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
-            raise ValueError(
-                f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
-            )
-        pixels = frames_to_pixels(images).to(self.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).to(self.transformer.dtype)
+        latents = self.vae.encode(self._to_pixels(images)).to(self.transformer.dtype)
         return latents[:, None].repeat(1, self.transformer.config.history_frames, 1, 1, 1)
 
     @torch.inference_mode()
@@ -163,6 +160,8 @@ class ProphetPipeline(DiffusionPipeline):
         history: torch.Tensor,
         proprio: torch.Tensor,
         actions: torch.Tensor,
+        start_images: np.ndarray | torch.Tensor,
+        suites: Sequence[str],
         generator: list[torch.Generator] | torch.Generator | None = None,
         num_inference_steps: int | None = None,
     ) -> ImaginedChunk:
@@ -172,8 +171,10 @@ class ProphetPipeline(DiffusionPipeline):
             history: float (B, T_h, C, h, w) from `init_history` or from the previous call.
             proprio: float32 (B, P), metres and radians.
             actions: float32 (B, chunk_size, action_dim) in [-1, 1].
+            start_images: uint8 (B, H, W, 3), what the episodes began with: what stands still is copied from them.
+            suites: B names, which say through what camera the arm is seen; one of another name is unknown.
             generator: one CPU generator per row, so that a row's video does not depend on its neighbours; or one for
-            all.
+                all.
             num_inference_steps: sampling steps; the pipeline's default if None. One step gives the conditional mean.
 
         Returns:
@@ -182,13 +183,15 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shapes do not fit together, or num_inference_steps < 1.
         """
-        self._check_inputs(history, proprio, actions, num_inference_steps)
+        self._check_inputs(history, proprio, actions, suites, num_inference_steps)
+        reference = self._to_pixels(start_images)
         device, dtype = self.transformer.device, self.transformer.dtype
         history = history.to(device, dtype)
         actions = actions.to(device, dtype)
 
         # 1. The robot's own state, frame by frame, and the conditions made of it
-        condition, action_frames, proprio = self.condition(proprio.to(device, torch.float32), actions)
+        projection = self.projection(suites).to(device)
+        condition, action_frames, proprio = self.condition(proprio.to(device, torch.float32), actions, projection)
 
         # 2. Latent noise
         batch, _, channels, height, width = history.shape
@@ -204,8 +207,7 @@ class ProphetPipeline(DiffusionPipeline):
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
         # 4. Decode
-        pixels = self.vae.decode(latents.flatten(0, 1).to(self.vae.dtype))
-        frames = pixels_to_frames(pixels).unflatten(0, (batch, self.chunk_frames)).cpu()
+        frames = pixels_to_frames(self.vae.decode(latents.to(self.vae.dtype), reference)).cpu()
         return ImaginedChunk(frames=frames, history=advance_history(history, latents), proprio=proprio)
 
     __call__ = imagine
@@ -215,43 +217,46 @@ class ProphetPipeline(DiffusionPipeline):
         images: np.ndarray | torch.Tensor,
         proprio: torch.Tensor,
         actions: torch.Tensor,
+        suites: Sequence[str],
         generator: list[torch.Generator] | torch.Generator | None = None,
         num_inference_steps: int | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Imagine whole episodes open loop, Prophet's own frames fed back.
 
         Args:
             images: uint8 (B, H, W, 3) start frames. proprio: float32 (B, P).
             actions: float32 (B, N, A); N is a multiple of chunk_size.
-            generator, num_inference_steps: as in `imagine`.
+            suites, generator, num_inference_steps: as in `imagine`.
 
         Returns:
-            uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first.
+            Frames uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first, and the estimated proprioception
+            after each chunk, float32 (B, N / chunk_size, P), on the CPU.
 
         Raises:
             ValueError: N is not a multiple of chunk_size, or a shape does not fit.
         """
         if actions.shape[1] % self.chunk_size:
             raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
-        clip = [torch.as_tensor(images)[:, None]]
+        clip, estimates = [torch.as_tensor(images)[:, None]], []
         history = self.init_history(images)
         for chunk in actions.split(self.chunk_size, dim=1):
-            imagined = self.imagine(history, proprio, chunk, generator, num_inference_steps)
+            imagined = self.imagine(history, proprio, chunk, images, suites, generator, num_inference_steps)
             history, proprio = imagined.history, imagined.proprio
             clip.append(imagined.frames)
-        return torch.cat(clip, dim=1)
+            estimates.append(proprio.cpu())
+        return torch.cat(clip, dim=1), torch.stack(estimates, dim=1)
 
     def condition(
-        self, proprio: torch.Tensor, actions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        self, proprio: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Roll the proprioception through a chunk and assemble the transformer's per-frame conditions.
 
         Args:
-            proprio: float32 (B, P). actions: float (B, chunk_size, action_dim).
+            proprio: float32 (B, P). actions: float (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
 
         Returns:
-            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H, W), or None without a camera; the
-            proprioception after the chunk, float32 (B, P).
+            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H / 2, W / 2); the proprioception
+            after the chunk, float32 (B, P).
         """
         conditions, poses = [], []
         for frame_actions in actions.unflatten(1, (self.chunk_frames, self.frame_stride)).unbind(1):
@@ -259,17 +264,30 @@ class ProphetPipeline(DiffusionPipeline):
             conditions.append(frame_condition(self.proprioception, proprio, following, frame_actions))
             poses.append(following)
             proprio = following
-        action_frames = self.action_frames(torch.stack(poses, dim=1))
-        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames, proprio
+        action_frames = draw_action_frames(torch.stack(poses, dim=1), projection, self.image_size)
+        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames.to(actions.dtype), proprio
 
-    def action_frames(self, proprio: torch.Tensor) -> torch.Tensor | None:
-        """Draw poses (..., P) as action frames (..., 3, H, W); None if the camera is not known."""
-        if self.config.projection is None:
-            return None
-        return draw_action_frames(proprio, torch.tensor(self.config.projection, device=proprio.device), self.image_size)
+    def projection(self, suites: Sequence[str]) -> torch.Tensor:
+        """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known."""
+        unknown = [[0.0] * 4] * 3
+        return torch.tensor([self.config.cameras.get(suite, unknown) for suite in suites])
+
+    def _to_pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        images = torch.as_tensor(images)
+        size = self.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
+            raise ValueError(
+                f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
+            )
+        return frames_to_pixels(images).to(self.device, self.vae.dtype)
 
     def _check_inputs(
-        self, history: torch.Tensor, proprio: torch.Tensor, actions: torch.Tensor, steps: int | None
+        self,
+        history: torch.Tensor,
+        proprio: torch.Tensor,
+        actions: torch.Tensor,
+        suites: Sequence[str],
+        steps: int | None,
     ) -> None:
         config: Any = self.transformer.config
         batch = history.shape[0]
@@ -281,6 +299,8 @@ class ProphetPipeline(DiffusionPipeline):
         for name, value in (("history", history), ("proprio", proprio), ("actions", actions)):
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")
+        if isinstance(suites, str) or len(suites) != batch:
+            raise ValueError(f"Expected one suite per episode, {batch} in all, got {suites!r}.")
         if steps is not None and steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays
 from prophet_gym.training import LossFn, fit
+from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frame_condition, frames_to_pixels
 from prophet_gym.world_model.proprioception import ProprioceptionModel
@@ -22,9 +23,9 @@ from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes are for one core of an AVX2 CPU without bfloat16 units; see docs/training.md.
     "tiny": {
-        "autoencoder": {"steps": 5000, "batch_size": 32, "learning_rate": 3e-3},
+        "autoencoder": {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4000, "batch_size": 256, "learning_rate": 2e-3},
-        "transformer": {"steps": 2400, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 7000, "batch_size": 16, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
@@ -55,10 +56,8 @@ CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
 
 
-def camera_projection(camera: dict[str, Any] | None) -> list[list[float]] | None:
+def camera_projection(camera: dict[str, Any]) -> list[list[float]]:
     """Camera matrix 3 x 4, in pixels, of a data set's `intrinsics` (3 x 3) and camera-to-world `extrinsics` (4 x 4)."""
-    if camera is None:
-        return None
     intrinsics = torch.tensor(camera["intrinsics"], dtype=torch.float64)
     world_to_camera = torch.linalg.inv(torch.tensor(camera["extrinsics"], dtype=torch.float64))
     return (intrinsics @ world_to_camera[:3]).tolist()
@@ -68,27 +67,36 @@ def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size:
     """Squared error on pixels and L1 on their finite differences, over crops of what moves and what has colour.
 
     Absolute error alone paints small bright objects in the grey of the floor, and the object is what a policy is
-    judged by. The latents get a little noise, so that the decoder forgives the transformer's errors.
+    judged by. What differs from the reference counts five times: the rest can be copied from it. The reference is the
+    episode's first frame, or at times another one, because a user's start may come from anywhere. The latents get
+    noise of a random level, so that the decoder forgives the transformer's errors.
     """
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
-        crops = _informative_crops(arrays.frames[clip.rows[:, 1]], arrays.frames[clip.first_rows], generator)
-        pixels = frames_to_pixels(crops).to(vae.device)
+        elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
+        usual = torch.rand(batch_size, generator=generator) < 0.75
+        reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
+        crops, reference = _informative_crops(arrays.frames[clip.rows[:, 1]], arrays.frames[reference_rows], generator)
+        pixels, reference = (frames_to_pixels(frames).to(vae.device) for frames in (crops, reference))
         latents = vae.encode(pixels)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        decoded = vae.decode(latents + 0.05 * latents.detach().std() * noise)
+        level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
+        noise = (level * torch.randn(latents.shape, generator=generator)).to(latents)
+        decoded = vae.decode((latents + noise)[:, None], reference)[:, 0]
         error = decoded - pixels
-        squared = error.square().mean()
+        weight = 1 + 4 * ((pixels - reference).abs().amax(1, keepdim=True) > 0.1)
+        squared = (weight * error.square()).mean()
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         size = 1e-4 * latents.square().mean()
-        return 20 * squared + edges + size, {"psnr": _psnr(error)}
+        return 10 * squared + edges + size, {"psnr": _psnr(error)}
 
     return loss_fn
 
 
-def _informative_crops(frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cut one CROP x CROP window (on the 8-pixel grid) from each frame, favouring colour and difference."""
+def _informative_crops(
+    frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut one CROP x CROP window (on the 8-pixel grid) from each pair, favouring colour and difference."""
     sparse = frames[:, ::2, ::2].float()
     difference = (sparse - references[:, ::2, ::2].float()).abs().mean(-1)
     saturation = sparse.amax(-1) - sparse.amin(-1)
@@ -102,7 +110,8 @@ def _informative_crops(frames: torch.Tensor, references: torch.Tensor, generator
     corner = 8 * corner.clamp(0, side - span)
     rows = corner[:, :1] + torch.arange(CROP)
     columns = corner[:, 1:] + torch.arange(CROP)
-    return frames[torch.arange(len(frames))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    window = torch.arange(len(frames))[:, None, None], rows[:, :, None], columns[:, None, :]
+    return frames[window], references[window]
 
 
 def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch_size: int, frames: int = 4) -> LossFn:
@@ -132,21 +141,23 @@ def transformer_loss(
 ) -> LossFn:
     """Rectified flow on chunks of latents, in the form of an error on the clean chunk, over the model's own rollout.
 
-    Half of the noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The
-    clean chunk that the model predicts, without gradient, is the history of the next: one chunk in the first 60% of
-    training, then two, then three in the last 15%, against drift. The error counts more where the chunk differs from
-    the last history frame.
+    Most noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The clean
+    chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of
+    training, then two, then four in the last 15%, against drift. The error counts more where the chunk differs from
+    the last history frame or from the first.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule of chunks.
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
+    projections = pipeline.projection([record.suite for record in arrays.records])
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chunks = 1 + int(step >= 0.6 * steps) + int(step >= 0.85 * steps)
+        chunks = 1 + int(step >= 0.5 * steps) + 2 * int(step >= 0.85 * steps)
         recent = transformer.config.history_frames - 1
         clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator))
+        projection = projections[clip.episodes].to(device)
         history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float().to(device)
         losses = []
         for chunk in range(chunks):
@@ -159,14 +170,16 @@ def transformer_loss(
                 pipeline.proprioception, arrays.proprio[before].to(device), poses, arrays.actions[before].to(device)
             )
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
-            pure = torch.rand(batch_size, generator=generator) < 0.5
+            pure = torch.rand(batch_size, generator=generator) < 0.7
             sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            velocity = transformer(sample, sigma, history, condition, pipeline.action_frames(poses))
+            action_frames = draw_action_frames(poses, projection, pipeline.image_size)
+            velocity = transformer(sample, sigma, history, condition, action_frames)
             predicted = sample - level * velocity
-            moved = (clean - history[:, -1:]).abs().mean(2, keepdim=True)
+            moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
+            moved = moved.mean(2, keepdim=True)
             weight = 1 + 4 * moved / moved.mean()
             losses.append((weight * (predicted - clean).square()).mean())
             history = advance_history(history, predicted.detach())
@@ -215,7 +228,8 @@ def _validate(
     index = starts[:, None] + torch.arange(length + 1)
     actions = arrays.actions[index[:, :-1]].flatten(1, 2)
     generator = [torch.Generator().manual_seed(k) for k in range(len(starts))]
-    imagined = pipeline.replay(arrays.frames[starts], arrays.proprio[starts], actions, generator)
+    suites = [arrays.records[episode].suite for episode in chosen]
+    imagined, _ = pipeline.replay(arrays.frames[starts], arrays.proprio[starts], actions, suites, generator)
     real = arrays.frames[index]
     error = (imagined.float() - real.float()) / 127.5
     for frame in (pipeline.chunk_frames, 10, 20, length):
@@ -235,7 +249,7 @@ def train(
     preset: str = "tiny",
     seed: int = 0,
     device: str = "cpu",
-    projection: list[list[float]] | None = None,
+    cameras: dict[str, list[list[float]]] | None = None,
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
 
@@ -243,7 +257,7 @@ def train(
         train_arrays, val_arrays: frames, proprioception and actions of the two splits.
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
         preset: one of `PRESETS`. seed: of initial weights and batches. device: torch device.
-        projection: camera matrix of the data, see `ProphetPipeline`; None trains without action frames.
+        cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`.
 
     Returns:
         The trained pipeline, EMA weights.
@@ -269,7 +283,7 @@ def train(
         proprioception,
         FlowMatchEulerDiscreteScheduler(),
         image_size=train_arrays.frames.shape[1],
-        projection=projection,
+        cameras=cameras,
     )
 
     stage = dict(recipe["proprioception"])

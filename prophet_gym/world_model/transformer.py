@@ -94,8 +94,8 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.learnable_pos_embed, name))
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
-        # Action frames are at pixel resolution, eight times that of the latents.
-        self._canvas_patch = 8 * patch_size[1]
+        # Action frames have four times the latents' resolution.
+        self._canvas_patch = 4 * patch_size[1]
         self.action_frame_embed = nn.Linear(3 * self._canvas_patch**2, hidden_dim)
         nn.init.zeros_(self.action_frame_embed.weight)
         nn.init.zeros_(self.action_frame_embed.bias)
@@ -107,7 +107,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         sigma: torch.Tensor,
         history: torch.Tensor,
         condition: torch.Tensor,
-        action_frames: torch.Tensor | None = None,
+        action_frames: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity `noise - clean` of the chunk.
 
@@ -116,7 +116,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             sigma: noise level in (0, 1], (B,); 1 is pure noise.
             history: clean latents (B, H, C, h, w); the last one is the most recent.
             condition: (B, F, D_c), see `FrameActionEmbedding`.
-            action_frames: (B, F, 3, 8 h, 8 w), see `draw_action_frames`; None where the camera is not known.
+            action_frames: (B, F, 3, 4 h, 4 w), see `draw_action_frames`; black where the camera is not known.
 
         Returns:
             Velocity, float (B, F, C, h, w).
@@ -130,10 +130,9 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         hidden_states = self.patch_embed(video)  # (B, F, h', w', D)
         grid = hidden_states.shape[1:4]
         hidden_states = hidden_states.flatten(1, 3)  # (B, F h' w', D)
-        if action_frames is not None:
-            patches = F.pixel_unshuffle(action_frames.flatten(0, 1), self._canvas_patch)  # (B F, 3 p p, h', w')
-            patches = patches.movedim(1, -1).reshape(batch, -1, patches.shape[1])
-            hidden_states = hidden_states + self.action_frame_embed(patches.to(hidden_states.dtype))
+        patches = F.pixel_unshuffle(action_frames.flatten(0, 1), self._canvas_patch)  # (B F, 3 p p, h', w')
+        patches = patches.movedim(1, -1).reshape(batch, -1, patches.shape[1])
+        hidden_states = hidden_states + self.action_frame_embed(patches.to(hidden_states.dtype))
 
         temb, embedded_timestep = self.time_embed(hidden_states, 1000.0 * sigma)  # (B, 3 D), (B, D)
         timestep_offset, adaln_offset = self.action_embed(condition)

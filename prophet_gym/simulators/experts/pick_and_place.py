@@ -45,6 +45,9 @@ class Scene(Protocol):
     def object_names(self) -> list[str]: ...
 
     @property
+    def surface_names(self) -> list[str]: ...
+
+    @property
     def eef_position(self) -> Array: ...
 
     @property
@@ -69,7 +72,7 @@ class Waypoint:
 
 
 class PickAndPlace:
-    """Picks the goal's first object and puts it in or on the second.
+    """Picks the goal's first object and puts it in or on the second, which is an object or a fixture's surface.
 
     Args:
         scene: the simulation at the episode's start.
@@ -77,15 +80,16 @@ class PickAndPlace:
         rng: the source of all its randomness.
 
     Raises:
-        ValueError: the task's goal is not to put one movable object in or on another.
+        ValueError: the task's goal is another one.
     """
 
     def __init__(self, scene: Scene, recipe: NoiseRecipe, rng: np.random.Generator) -> None:
         relation, target, container = scene.goal[0], scene.goal[1], scene.goal[-1].removesuffix("_contain_region")
-        if relation not in ("in", "on") or container not in scene.object_names:
+        places = {"in": scene.object_names, "on": scene.object_names + scene.surface_names}
+        if container not in places.get(relation, []):
             raise ValueError(
-                f"PickAndPlace puts one object in or on another, but the goal is {scene.goal}. "
-                f"Movable objects: {scene.object_names}."
+                f"PickAndPlace puts an object in or on another or on a surface, but the goal is {scene.goal}. "
+                f"Movable objects: {scene.object_names}; surfaces: {scene.surface_names}."
             )
         if rng.uniform() < recipe.wrong_object:
             target = str(rng.choice([name for name in scene.object_names if name not in (target, container)]))
