@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prophet_gym.data.episode import SPLITS
-from prophet_gym.simulators.experts import NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
+from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
 from prophet_gym.simulators.experts.noise import ActionNoise, point_in_disc
 from prophet_gym.simulators.recording import plan_episodes, record
@@ -34,13 +34,18 @@ class KinematicScene:
     eef_position: np.ndarray = field(default_factory=lambda: np.array([-0.15, 0.0, 0.25]))
     eef_rotation: np.ndarray = field(default_factory=lambda: DOWN.copy())
     held: str | None = None
+    surfaces: dict[str, Box] = field(default_factory=dict)
 
     @property
     def object_names(self):
         return list(self.objects)
 
+    @property
+    def surface_names(self):
+        return list(self.surfaces)
+
     def geometry(self, name):
-        return self.objects[name]
+        return (self.objects | self.surfaces)[name]
 
     def obstacles(self, exclude):
         others = [box for name, box in self.objects.items() if name != exclude]
@@ -92,6 +97,14 @@ def test_clean_expert_puts_the_object_in_the_basket():
     assert set(np.unique(actions[:, 6])) == {-1.0, 1.0}
 
 
+def test_a_surface_is_a_place_too():
+    scene = make_scene()
+    scene.surfaces["cabinet_1_top_side"] = Box(np.array([0.05, 0.15, 0.2]), np.array([0.2, 0.2, 0.004]))
+    scene.goal = ("on", "can_1", "cabinet_1_top_side")
+    run(scene, NOISE_RECIPES["clean"])
+    assert np.abs(scene.objects["can_1"].center[:2] - [0.05, 0.15]).max() < 0.03
+
+
 def test_actions_do_not_depend_on_whether_the_object_was_grasped():
     """The leak: a failed grasp must not show in what the script does next."""
     scene, empty = make_scene(), make_scene()
@@ -131,7 +144,7 @@ def test_early_release_opens_the_fingers_on_the_way():
 def test_a_goal_that_is_no_pick_and_place_is_refused():
     scene = make_scene()
     scene.goal = ("open", "cabinet_1_top_region")
-    with pytest.raises(ValueError, match="one object in or on another"):
+    with pytest.raises(ValueError, match="an object in or on another"):
         PickAndPlace(scene, NoiseRecipe(), np.random.default_rng(0))
 
 
@@ -192,6 +205,9 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     assert Counter(plan.task for plan in plans) == dict.fromkeys(range(10), 100)
     assert {plan.kind for plan in plans if plan.split == "val"} == {"clean", "noisy", "counterfactual"}
     assert len({plan.seed for plan in plans}) == 1000
+    goal = plan_episodes("libero_goal", 120, seed=0)
+    assert Counter(plan.task for plan in goal) == dict.fromkeys(EXPERT_TASKS["libero_goal"], 20)
+    assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}
 
 
 def test_shares_sum_to_one():

@@ -213,10 +213,11 @@ def test_clean_expert_succeeds_and_the_episode_is_recorded_whole(env):
         assert record_episode(env.simulation, counterfactual).kind == "counterfactual"
 
 
-def test_spatial_suite_terminates_with_reward_one():
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_goal", 4)])
+def test_an_experts_actions_earn_reward_one(suite, task):
     from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace
 
-    env = LiberoEnv(suite="libero_spatial", task=2, split="val")
+    env = LiberoEnv(suite=suite, task=task, split="val")
     _, info = env.reset(seed=0, options={"init_state": 40})
     expert = PickAndPlace(env.simulation, NOISE_RECIPES["clean"], np.random.default_rng(0))
     actions = []

@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
-from prophet_gym.simulators.experts import NOISE_RECIPES, NOISE_SHARES, PickAndPlace
+from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, PickAndPlace
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
-NUM_TASKS = 10
 CONTROL_STEPS = 160
 FRAME_STRIDE = 4
 FPS = 5
@@ -71,18 +70,18 @@ class EpisodePlan:
 
 def plan_episodes(suite: str, episodes: int, seed: int) -> list[EpisodePlan]:
     """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests."""
-    shares = NOISE_SHARES[suite]
+    shares, tasks = NOISE_SHARES[suite], EXPERT_TASKS[suite]
     plans = []
     for index in range(episodes):
         episode_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         rng = np.random.default_rng([episode_seed, 0])
-        split = {8: "val", 9: "test"}.get(index // NUM_TASKS % 10, "train")
+        split = {8: "val", 9: "test"}.get(index // len(tasks) % 10, "train")
         recipe = str(rng.choice(list(shares), p=list(shares.values())))
         if rng.uniform() < COUNTERFACTUAL_SHARE:
             recipe = str(rng.choice(COUNTERFACTUALS))
         jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE and recipe != "shifted")
         init_state = int(rng.choice(SPLITS[split]))
-        plans.append(EpisodePlan(index, index % NUM_TASKS, split, init_state, recipe, jitter, episode_seed))
+        plans.append(EpisodePlan(index, tasks[index % len(tasks)], split, init_state, recipe, jitter, episode_seed))
     return plans
 
 
@@ -90,7 +89,7 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
     Args:
-        suite: ``"libero_object"`` or ``"libero_spatial"``.
+        suite: one of ``EXPERT_TASKS``.
         episodes: number of episodes, tasks in turn; the first N episodes do not depend on how many follow.
         out: folder of the data set.
         seed: seed of the whole recording.
@@ -103,8 +102,8 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
         ValueError: an unknown suite, or a count below 1.
         ImportError: LIBERO is not installed.
     """
-    if suite not in NOISE_SHARES:
-        raise ValueError(f"There is an expert for {list(NOISE_SHARES)}, got suite={suite!r}.")
+    if suite not in EXPERT_TASKS:
+        raise ValueError(f"There is an expert for {list(EXPERT_TASKS)}, got suite={suite!r}.")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
@@ -115,7 +114,7 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
-        by_task = [[plan for plan in plans if plan.task == task] for task in range(NUM_TASKS)]
+        by_task = [[plan for plan in plans if plan.task == task] for task in EXPERT_TASKS[suite]]
         jobs = [pool.submit(_record_task, suite, root, some) for some in by_task if some]
         while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
             try:
