@@ -1,7 +1,9 @@
 """fagrpo: flow-action GRPO for flow-head policies, on Stable-Baselines3."""
 
+from fagrpo.demonstrations import Demonstrations
 from fagrpo.fagrpo import FAGRPO
-from fagrpo.imitation import Demonstrations, behaviour_cloning
-from fagrpo.policies import FlowHead, FlowPolicy
+from fagrpo.flow_head import FlowHead
+from fagrpo.imitation import behaviour_cloning
+from fagrpo.policies import FlowPolicy
 
 __all__ = ["FAGRPO", "Demonstrations", "FlowHead", "FlowPolicy", "behaviour_cloning"]

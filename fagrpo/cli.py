@@ -13,8 +13,10 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
 
-from fagrpo.fagrpo import FAGRPO, FLOW_SCALES, PLACEMENTS, RATIOS
-from fagrpo.imitation import Demonstrations, behaviour_cloning
+from fagrpo.demonstrations import Demonstrations
+from fagrpo.fagrpo import FAGRPO, FLOW_SCALES
+from fagrpo.imitation import behaviour_cloning
+from fagrpo.objective import PLACEMENTS, RATIOS
 from fagrpo.policies import FlowPolicy
 
 CHUNK = 8

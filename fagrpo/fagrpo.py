@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from torch import Tensor
 
+from fagrpo.demonstrations import Demonstrations, observation_batch
 from fagrpo.flow_scale import equalizing_weights, flow_scale_weights
 from fagrpo.flow_sde import (
     SCHEDULES,
@@ -29,65 +30,13 @@ from fagrpo.flow_sde import (
     log_prob_difference,
     transition_coefficients,
 )
-from fagrpo.imitation import Demonstrations, flow_matching_loss, observation_batch
+from fagrpo.imitation import flow_matching_loss
+from fagrpo.objective import PLACEMENTS, RATIOS, aggregate_log_ratio, clipped_objective
 from fagrpo.policies import FlowPolicy
 from fagrpo.rollout_buffer import ADVANTAGES, GroupRolloutBuffer, GroupRolloutSamples
 
-RATIOS = ("chunk", "dim", "flow_step")
 FLOW_SCALES = ("none", "paper", "equalizing")
-PLACEMENTS = ("advantage", "log_prob")
 RATIO_TOLERANCE = 1e-4
-
-
-def aggregate_log_ratio(
-    difference: Tensor, weights: Tensor, action_mask: Tensor, ratio: str = "chunk", placement: str = "advantage"
-) -> Tensor:
-    """Log-ratio of new to old probability at the chosen granularity, FlowScale included.
-
-    With placement "log_prob" the weights multiply the per-step differences, so that they change the ratio itself. With
-    "advantage" the ratio keeps its true value, for clipping too, and flow step k contributes to its gradient with
-    weight w_k (for "flow_step", where each step has its own ratio, that is the same as weighting the advantage).
-
-    :param difference: (K, B, \\*A) elementwise log pi_new - log pi_old of the stochastic flow steps
-    :param weights: (K,) FlowScale weights, ones for none
-    :param action_mask: bool (B, \\*A), False entries do not count
-    :param ratio: "chunk": (B,), one ratio per environment action; "dim": (B, \\*A), one per chunk position and
-        dimension (the paper's); "flow_step": (K, B), one per flow step (Flow-GRPO)
-    :param placement: "advantage" or "log_prob"
-    :return: log-ratio of the shape above
-    """
-    difference = torch.where(action_mask, difference, torch.zeros_like(difference))
-    if ratio == "dim":
-        per_step = difference
-    else:
-        per_step = difference.flatten(2).sum(dim=2)  # (K, B)
-    scaled = per_step * weights.reshape((-1,) + (1,) * (per_step.ndim - 1))
-    if ratio != "flow_step":
-        per_step, scaled = per_step.sum(dim=0), scaled.sum(dim=0)
-    if placement == "log_prob":
-        return scaled
-    return scaled + (per_step - scaled).detach()
-
-
-def clipped_objective(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
-) -> Tensor:
-    """PPO's clipped objective, elementwise, to be maximised.
-
-    min(r A, clip(r, 1 - clip_low, 1 + clip_high) A); with a dual clip c > 1, for A < 0 not below c A (Ye et al. 2020).
-
-    :param log_ratio: any shape
-    :param advantages: broadcastable
-    :param clip_low: lower clip range
-    :param clip_high: upper clip range
-    :param dual_clip: c, or None
-    :return: the broadcast shape
-    """
-    ratio = log_ratio.exp()
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    if dual_clip is not None:
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
-    return objective
 
 
 def _layout(space: spaces.Space) -> Any:
@@ -130,7 +79,7 @@ class FAGRPO(OnPolicyAlgorithm):
     :param gamma: discount of rewards
     :param advantage: "episode" or "step", see :meth:`fagrpo.rollout_buffer.GroupRolloutBuffer.finish`
     :param advantage_eps: added to the standard deviation of a group's returns
-    :param ratio: "chunk", "dim" or "flow_step", see :func:`aggregate_log_ratio`
+    :param ratio: "chunk", "dim" or "flow_step", see :func:`fagrpo.objective.aggregate_log_ratio`
     :param clip_range: lower clip range, float or schedule; also the upper one unless that is given
     :param clip_range_high: upper clip range, float or schedule
     :param dual_clip: bound for negative advantages, > 1; None: off
@@ -138,7 +87,7 @@ class FAGRPO(OnPolicyAlgorithm):
     :param target_kl: stop the epochs of an update beyond 1.5 times this approximate KL (to the policy that collected)
     :param flow_scale: "none", "paper" (:func:`fagrpo.flow_scale.flow_scale_weights`) or "equalizing"
     :param flow_scale_kwargs: exponent, eps, blend, w_min, w_max of the paper's weights
-    :param flow_scale_placement: "advantage" or "log_prob", see :func:`aggregate_log_ratio`
+    :param flow_scale_placement: "advantage" or "log_prob", see :func:`fagrpo.objective.aggregate_log_ratio`
     :param noise_level: a of the SDE, > 0
     :param noise_schedule: "flow" or "constant", see :func:`fagrpo.flow_sde.transition_coefficients`
     :param sde_window: number of consecutive stochastic flow steps, placed at random in each rollout; None: all are

@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
-from fagrpo.fagrpo import aggregate_log_ratio, clipped_objective
+from fagrpo.objective import aggregate_log_ratio, clipped_objective
 
 SMALL: dict[str, Any] = {
     "num_flow_steps": 4,

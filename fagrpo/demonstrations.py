@@ -1,0 +1,116 @@
+"""Recorded pairs of observation and action, in memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor
+
+Observations = dict[str, np.ndarray] | np.ndarray
+
+
+def _is_image(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 4
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Observations and the actions an expert took there, in memory.
+
+    :param observations: dict of arrays (N, ...) or one array (N, ...); images stay uint8, (N, H, W, C) or (N, C, H, W)
+    :param actions: float32 (N, \\*A) in environment units; for a chunked action space the whole chunk
+    :param episode_ids: int (N,), rows of one episode in temporal order; used to split by episode and to stack frames
+    :raises ValueError: lengths that differ, or values that are not finite
+    """
+
+    observations: Observations
+    actions: np.ndarray
+    episode_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        count = len(self.actions)
+        if count == 0:
+            raise ValueError("there are no demonstrations")
+        entries = self.observations if isinstance(self.observations, dict) else {"box": self.observations}
+        for key, value in {**entries, "episode_ids": self.episode_ids}.items():
+            if len(value) != count:
+                raise ValueError(f"{key!r} has {len(value)} rows but there are {count} actions")
+        for key, value in {**entries, "actions": self.actions}.items():
+            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+                raise ValueError(f"{key!r} holds NaN or infinite values")
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def rows(self, index: np.ndarray) -> "Demonstrations":
+        """Some of the rows, in the given order."""
+        observations: Observations
+        if isinstance(self.observations, dict):
+            observations = {key: value[index] for key, value in self.observations.items()}
+        else:
+            observations = self.observations[index]
+        return Demonstrations(observations, self.actions[index], self.episode_ids[index])
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row indices for training and validation, whole episodes each (at least one episode for validation).
+
+        :raises ValueError: fewer than two episodes, or a fraction outside (0, 1)
+        """
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in (0, 1), got {validation_fraction}")
+        episodes = np.unique(self.episode_ids)
+        if len(episodes) < 2:
+            raise ValueError("one episode cannot be split into training and validation; pass validation_fraction=0")
+        episodes = np.random.default_rng(seed).permutation(episodes)
+        count = min(len(episodes) - 1, max(1, round(validation_fraction * len(episodes))))
+        held_out = np.isin(self.episode_ids, episodes[:count])
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def stack_frames(self, count: int) -> "Demonstrations":
+        """Append earlier observations of the same episode, in the layout of SB3's VecFrameStack (oldest first, zeros
+        before the start; channels of images, last axis of vectors). A policy cloned from the result runs in
+        ``VecFrameStack(env, count)``.
+
+        :param count: observations per row, at least 1
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        order = np.arange(len(self))
+        sources = []
+        for lag in range(count - 1, -1, -1):
+            source = np.maximum(order - lag, 0)
+            inside = (order >= lag) & (self.episode_ids[source] == self.episode_ids)
+            sources.append((source, inside))
+
+        def stacked(array: np.ndarray) -> np.ndarray:
+            axis = 1 if _is_image(array) and np.argmin(array.shape[1:]) == 0 else array.ndim - 1
+            parts = []
+            for source, inside in sources:
+                part = array[source]
+                part[~inside] = 0
+                parts.append(part)
+            return np.concatenate(parts, axis=axis)
+
+        if isinstance(self.observations, dict):
+            observations: Observations = {key: stacked(value) for key, value in self.observations.items()}
+        else:
+            observations = stacked(self.observations)
+        return Demonstrations(observations, self.actions, self.episode_ids)
+
+
+def observation_batch(
+    demonstrations: Demonstrations, index: np.ndarray, device: torch.device
+) -> tuple[PyTorchObs, Tensor]:
+    """Some rows of the demonstrations as a policy's input and target.
+
+    :param demonstrations: in memory
+    :param index: int (B,)
+    :param device: where the tensors go
+    :return: observations (B rows) and actions float32 (B, \\*A)
+    """
+    rows = demonstrations.rows(index)
+    actions = torch.as_tensor(rows.actions, dtype=torch.float32, device=device)
+    if isinstance(rows.observations, dict):
+        return {key: torch.as_tensor(value, device=device) for key, value in rows.observations.items()}, actions
+    return torch.as_tensor(rows.observations, device=device), actions
