@@ -39,6 +39,12 @@ FLOW_SCALES = ("none", "paper", "equalizing")
 RATIO_TOLERANCE = 1e-4
 
 
+def _pause(env: VecEnv, rows: np.ndarray) -> None:
+    """Tell an environment that computes all its robots in one call which of them nobody waits for."""
+    if env.has_attr("paused"):
+        env.set_attr("paused", rows)
+
+
 def _layout(space: spaces.Space) -> Any:
     """Shapes and dtypes of an observation space, without its bounds."""
     if isinstance(space, spaces.Dict):
@@ -59,7 +65,8 @@ class FAGRPO(OnPolicyAlgorithm):
 
     With a VecEnv of n_envs environments, each group of ``group_size`` neighbouring ones is reset with one seed. With
     fewer environments than a group, the group is collected in several rounds, down to consecutive episodes of a single
-    environment.
+    environment. While the last episodes of a rollout end, the other environments idle; one that has an attribute
+    ``paused``, bool (n_envs,), is told which.
 
     :param policy: "FlowPolicy" or "FlowMultiInputPolicy", a FlowPolicy class, or a FlowPolicy instance (say, a cloned
         one), whose settings and weights are copied
@@ -375,13 +382,16 @@ class FAGRPO(OnPolicyAlgorithm):
             running = np.ones(env.num_envs, dtype=bool)
             for step in range(self.max_episode_steps):
                 rows = np.flatnonzero(running)
+                _pause(env, ~running)
                 result = self._step(env, callback, rollout_buffer, obs, rows, episodes[rows], np.full(len(rows), step))
                 if result is None:
+                    _pause(env, np.zeros(env.num_envs, dtype=bool))
                     return None
                 obs, dones = result
                 running &= ~dones
                 if not running.any():
                     break
+            _pause(env, np.zeros(env.num_envs, dtype=bool))
             self._last_obs = obs  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         return frozenset()

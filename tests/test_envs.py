@@ -427,6 +427,28 @@ def test_state_is_restored_exactly(fake: dict[str, Any], mode: AutoresetMode) ->
         assert data_equivalence(tuple(results[0]), tuple(results[2]), exact=True)
 
 
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_paused_envs_stay_as_they_are(fake: dict[str, Any], mode: AutoresetMode) -> None:
+    """The others go on as if nothing had happened, and so does a paused env once it is let go."""
+    arguments = {**fake, "autoreset_mode": mode, "reward_model": FakeRewardModel(threshold=2.0)}
+    envs, untouched = (ProphetVectorEnv(num_envs=3, **arguments) for _ in range(2))
+    start, _ = envs.reset(seed=0)
+    untouched.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 3, 8, 7)).astype(np.float32)
+    wrong = actions[0].copy()
+    wrong[1] = np.nan  # not looked at
+    envs.paused[1] = True
+    obs, rewards, terminated, truncated, _ = envs.step(wrong)
+    expected, *_ = untouched.step(actions[0])
+    assert rewards[1] == 0 and not terminated[1] and not truncated[1]
+    for name in obs:
+        assert np.array_equal(obs[name][1], start[name][1])
+        assert np.array_equal(obs[name][[0, 2]], expected[name][[0, 2]])
+    envs.paused[:] = False
+    now, *_ = envs.step(actions[0])
+    assert np.array_equal(now["image"][1], expected["image"][1])
+
+
 def test_state_on_the_real_models(real: dict[str, Any]) -> None:
     env = ProphetEnv(**real)
     env.reset(seed=0)

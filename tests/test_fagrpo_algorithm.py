@@ -407,3 +407,26 @@ def test_a_policy_cloned_from_recordings_fits_whatever_the_bounds_of_its_observa
     recorded.observation_space = spaces.Box(-np.inf, np.inf, space.shape, space.dtype)  # type: ignore[arg-type]
     model = FAGRPO(recorded, point_envs(8), group_size=2)
     assert all(torch.equal(model.policy.state_dict()[key], value) for key, value in cloned.state_dict().items())
+
+
+class PausingVecEnv(DummyVecEnv):
+    """Keeps what it is told about environments that nobody waits for."""
+
+    def __init__(self, env_fns: list[Any]) -> None:
+        super().__init__(env_fns)
+        self.told: list[list[bool]] = []
+
+    def has_attr(self, attr_name: str) -> bool:
+        return attr_name == "paused" or super().has_attr(attr_name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        assert attr_name == "paused"
+        self.told.append(np.asarray(value).tolist())
+
+
+def test_environments_whose_episode_is_over_are_paused() -> None:
+    env = PausingVecEnv([lambda horizon=horizon: PointReach(horizon, radius=0.0) for horizon in (1, 3, 1, 3)])
+    model = FAGRPO("FlowPolicy", env, group_size=2, batch_size=None, policy_kwargs=SMALL, seed=0, device="cpu")
+    model.learn(12)
+    waiting = [True, False, True, False]
+    assert env.told == [[False] * 4, waiting, waiting, [False] * 4]

@@ -58,6 +58,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param start_states: parquet file of start states; None is the one in the wheel.
     :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
     :param render_mode: None or ``"rgb_array"``.
+
+    The attribute ``paused``, bool (num_envs,), is yours to set: :meth:`step` leaves those envs as they are and spends
+    nothing on them (an algorithm that waits for the last episodes of a batch). They repeat their observation with
+    reward 0; their actions are not looked at.
+
     :raises ValueError: an unknown suite, task, split, reward type, mode, device or dtype; damaged weights.
     :raises FileNotFoundError: no such model or start states.
     """
@@ -138,6 +143,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
         self._done = np.zeros(num_envs, np.bool_)
+        self.paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
         self._starts: list[StartState | None] = [None] * num_envs
         self._seeds: list[int] = [-1] * num_envs
@@ -208,13 +214,14 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """
         if self._starts[0] is None:
             raise gym.error.ResetNeeded("Call reset() before step().")
-        begin = self._done  # under NEXT_STEP these episodes begin anew in this step; under SAME_STEP there are none
+        # under NEXT_STEP these episodes begin anew in this step; under SAME_STEP there are none
+        begin = self._done & ~self.paused
         if self.autoreset_mode is AutoresetMode.DISABLED and begin.any():
             raise gym.error.ResetNeeded(
                 f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset(), for them alone with "
                 "options={'reset_mask': ...}."
             )
-        rows = np.flatnonzero(~begin)
+        rows = np.flatnonzero(~begin & ~self.paused)
         actions = self._check_actions(actions, rows)
         rewards = np.zeros(self.num_envs, np.float64)
         terminated = np.zeros(self.num_envs, np.bool_)
@@ -223,7 +230,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             self._imagine(rows, actions[rows])
             terminated[rows] = self._probability[rows] >= self.reward_model.threshold
             rewards[rows] = terminated[rows] if self.reward_type == "sparse" else self._probability[rows] - before
-        truncated = ~begin & ~terminated & (self._lengths == self._clips.shape[1])
+        truncated = np.zeros(self.num_envs, np.bool_)
+        truncated[rows] = ~terminated[rows] & (self._lengths[rows] == self._clips.shape[1])
         infos: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             begin = terminated | truncated
@@ -235,7 +243,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             new = np.flatnonzero(begin)
             self._begin(new, [self._choose_start(i, {}) for i in new.tolist()])
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
-            self._done = terminated | truncated
+            self._done = terminated | truncated | (self._done & self.paused)
         for i in range(self.num_envs):
             infos = self._add_info(infos, self._info(i), i)
         return self._observations(), rewards, terminated, truncated, infos

@@ -95,6 +95,7 @@ def evaluate_in_prophet(
         ends[running] += info["frames"].shape[1]
         success |= running & terminated
         running &= ~(terminated | truncated)
+        env.paused = ~running
         if not running.any():
             break
     env.close()
