@@ -1,0 +1,99 @@
+"""`prophet evaluate`, on a recorded world whose outcomes, videos and judge are known."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from prophet_gym.data.episode import SPLITS, Episode
+from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.evaluation.agreement import evaluate
+from prophet_gym.evaluation.video_metrics import psnr
+from prophet_gym.world_model import ProphetPipeline
+
+STEPS = 4
+CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
+
+
+class RedCornerJudge:
+    """Right about every real frame: success paints the upper left corner red."""
+
+    threshold = 0.5
+
+    def score(
+        self,
+        frames: NDArray[np.uint8],
+        lengths: NDArray[np.int64],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        last = frames[np.arange(len(frames)), lengths - 1, :16, :16].astype(np.float32)
+        return np.float32((last[..., 0] - last[..., 1]).mean((1, 2)) > 100)
+
+
+def episode(index: int, split: str) -> Episode:
+    """The even ones succeed, and their first action says so."""
+    rng = np.random.default_rng(index)
+    frames = np.broadcast_to(rng.integers(40, 80, (1, 96, 96, 3), dtype=np.uint8), (STEPS + 1, 96, 96, 3)).copy()
+    success = np.zeros(STEPS + 1, bool)
+    actions = rng.uniform(-0.2, 0.2, (STEPS, 4, 7)).astype(np.float32)
+    actions[..., 0] = -0.8
+    if index % 2 == 0:
+        success[2:] = True
+        frames[success, :16, :16] = (250, 20, 20)
+        actions[..., 0] = 0.8
+    return Episode(
+        frames=frames,
+        proprio=np.zeros((STEPS + 1, 8), np.float32),
+        actions=actions,
+        success=success,
+        instruction="pick up the milk and place it in the basket",
+        suite="libero_object",
+        task=0,
+        init_state=SPLITS[split][0],
+        split=split,
+        kind="clean",
+        robot="panda",
+        seed=index,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    writer = LeRobotWriter(root, fps=5, frame_stride=4, camera=CAMERA, image_size=96)
+    for index in range(30):
+        writer.write_episode(index, episode(index, "train" if index < 24 else "val"))
+    writer.finalize()
+    return root
+
+
+def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
+    results = evaluate(ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge())
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "drift_libero_object.png").is_file()
+    assert (tmp_path / "contact_sheet_libero_object.png").is_file()
+
+    report = results["libero_object"]
+    outcome = report["outcome"]
+    assert outcome["real_frames"]["accuracy"] == 1 and outcome["real_frames"]["auroc"] == 1
+    # An untrained world model paints nothing red: it is right about the failures alone.
+    assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
+    assert outcome["actions_only"]["accuracy"] == 1
+
+    video = report["video"]
+    real = np.stack([episode(index, "val").frames for index in range(24, 30)])
+    copied = np.repeat(real[:, :1], STEPS + 1, axis=1)
+    assert video["episode_psnr_copy"] == pytest.approx(float(psnr(copied, real)[:, 1:].clamp(max=60).mean()))
+    assert video["episode_ssim_copy"] > video["episode_ssim_prophet"]
+    # In the second chunk nothing changes any more, so the last frame is a perfect copy; in the first, frame 2 does.
+    assert video["next_chunk_psnr_copy"] > video["episode_psnr_copy"]
+    assert report["proprio_cm"]["mean_end"] > 0
+
+
+def test_training_data_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='Expected split "val" or "test"'):
+        evaluate(ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge(), split="train")
