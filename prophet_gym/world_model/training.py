@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "autoencoder": {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4000, "batch_size": 256, "learning_rate": 2e-3},
-        "transformer": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
