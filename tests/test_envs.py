@@ -45,10 +45,13 @@ class FakeWorldModel:
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images[:, None, ::24, ::24].astype(np.float64))
 
+    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
+        return torch.cat([proprio, torch.zeros(len(proprio), 1)], dim=1)
+
     def imagine(
         self,
         history: torch.Tensor,
-        proprio: torch.Tensor,
+        state: torch.Tensor,
         actions: torch.Tensor,
         *,
         start_images: NDArray[np.uint8],
@@ -61,7 +64,7 @@ class FakeWorldModel:
         drift = 40 * (actions[:, ::4, None, None, :3].double() + 0.1 * noise)
         latents = (history + drift.cumsum(dim=1)) % 256
         frames = latents.to(torch.uint8).repeat_interleave(24, dim=2).repeat_interleave(24, dim=3)
-        return SimpleNamespace(frames=frames, history=latents[:, -1:], proprio=proprio + 0.01 * actions[:, -1, :1])
+        return SimpleNamespace(frames=frames, history=latents[:, -1:], state=state + 0.01 * actions[:, -1, :1])
 
 
 @dataclass
@@ -705,11 +708,11 @@ def test_start_states_of_another_image_size(fake: dict[str, Any], tmp_path: Path
 
 
 class BrokenWorldModel(FakeWorldModel):
-    """Returns NaN for the proprioception of its last row."""
+    """Returns NaN for the state of its last row."""
 
     def imagine(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
         chunk = super().imagine(*args, **kwargs)
-        chunk.proprio[-1] = torch.nan
+        chunk.state[-1] = torch.nan
         return chunk
 
 

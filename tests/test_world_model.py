@@ -91,17 +91,21 @@ def test_the_autoencoder_keeps_what_stands_still() -> None:
 def test_a_chunk_has_the_promised_shapes_and_types(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(3)
     history = pipeline.init_history(images)
-    chunk = pipeline.imagine(history, proprio, actions, images, SUITES[: len(images)], generators(3))
+    chunk = pipeline.imagine(
+        history, pipeline.init_state(proprio), actions, images, SUITES[: len(images)], generators(3)
+    )
     assert chunk.frames.shape == (3, 2, 96, 96, 3) and chunk.frames.dtype == torch.uint8
-    assert chunk.history.shape == history.shape and chunk.proprio.shape == (3, 8)
-    assert chunk.proprio.dtype == torch.float32
+    assert chunk.history.shape == history.shape and chunk.state.shape == state.shape
+    assert chunk.state.dtype == torch.float32
 
 
 def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(2)
     history = pipeline.init_history(images)
-    one = pipeline.imagine(history, proprio, actions, images, SUITES[: len(images)], generators(2)).history
-    other = pipeline.imagine(history, proprio, -actions, images, SUITES[:2], generators(2)).history
+    one = pipeline.imagine(
+        history, pipeline.init_state(proprio), actions, images, SUITES[: len(images)], generators(2)
+    ).history
+    other = pipeline.imagine(history, pipeline.init_state(proprio), -actions, images, SUITES[:2], generators(2)).history
     assert (one - other).abs().max() > 1e-4
 
 
@@ -111,13 +115,21 @@ def test_a_row_does_not_depend_on_its_neighbours(pipeline: ProphetPipeline, batc
     row %= batch
     images, proprio, actions = inputs(batch)
     history = pipeline.init_history(images)
-    together = pipeline.imagine(history, proprio, actions, images, SUITES[:batch], generators(batch), steps)
+    together = pipeline.imagine(
+        history, pipeline.init_state(proprio), actions, images, SUITES[:batch], generators(batch), steps
+    )
     one = slice(row, row + 1)
     alone = pipeline.imagine(
-        history[one], proprio[one], actions[one], images[one], SUITES[one], generators(batch)[one], steps
+        history[one],
+        pipeline.init_state(proprio[one]),
+        actions[one],
+        images[one],
+        SUITES[one],
+        generators(batch)[one],
+        steps,
     )
     torch.testing.assert_close(together.history[one], alone.history, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(together.proprio[one], alone.proprio)
+    torch.testing.assert_close(together.state[one], alone.state)
 
 
 def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
@@ -125,9 +137,11 @@ def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
     suites = SUITES[:2]
     clip, estimates = pipeline.replay(images, proprio, torch.cat([actions, -actions], dim=1), suites, generators(2))
     noise = generators(2)
-    first = pipeline.imagine(pipeline.init_history(images), proprio, actions, images, suites, noise)
-    second = pipeline.imagine(first.history, first.proprio, -actions, images, suites, noise)
-    assert torch.equal(estimates, torch.stack([first.proprio, second.proprio], dim=1))
+    first = pipeline.imagine(
+        pipeline.init_history(images), pipeline.init_state(proprio), actions, images, suites, noise
+    )
+    second = pipeline.imagine(first.history, first.state, -actions, images, suites, noise)
+    assert torch.equal(estimates, torch.stack([first.state[:, :8], second.state[:, :8]], dim=1))
     assert torch.equal(clip, torch.cat([images[:, None], first.frames, second.frames], dim=1))
 
 
@@ -137,8 +151,12 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
     loaded = ProphetPipeline.from_pretrained(tmp_path)
     images, proprio, actions = inputs(2)
     for one, other in zip(
-        pipeline.imagine(pipeline.init_history(images), proprio, actions, images, SUITES[:2], generators(2)).values(),
-        loaded.imagine(loaded.init_history(images), proprio, actions, images, SUITES[:2], generators(2)).values(),
+        *(
+            one.imagine(
+                one.init_history(images), one.init_state(proprio), actions, images, SUITES[:2], generators(2)
+            ).values()
+            for one in (pipeline, loaded)
+        ),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -147,12 +165,12 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("history", (2, 3, 4, 11, 12)), ("proprio", (2, 7)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))],
+    [("history", (2, 3, 4, 11, 12)), ("state", (2, 8)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))],
 )
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "proprio": torch.zeros(2, 8),
+        "state": torch.zeros(2, 24),
         "actions": torch.zeros(2, 8, 7),
         "start_images": torch.zeros(2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
@@ -167,10 +185,12 @@ def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
         pipeline.init_history(torch.zeros(1, 96, 96, 3))
     images, proprio, actions = inputs(1)
     history = pipeline.init_history(images)
+    with pytest.raises(ValueError, match=r"proprio of shape \(B, 8\), got \(1, 7\)"):
+        pipeline.init_state(proprio[:, :7])
     with pytest.raises(ValueError, match="at least 1"):
-        pipeline.imagine(history, proprio, actions, images, SUITES[:1], num_inference_steps=0)
+        pipeline.imagine(history, pipeline.init_state(proprio), actions, images, SUITES[:1], num_inference_steps=0)
     with pytest.raises(ValueError, match="one suite per episode, 1 in all"):
-        pipeline.imagine(history, proprio, actions, images, "libero_object")
+        pipeline.imagine(history, pipeline.init_state(proprio), actions, images, "libero_object")
     with pytest.raises(ValueError, match="multiple of 8"):
         pipeline.replay(images, proprio, torch.zeros(1, 9, 7), SUITES[:1])
     with pytest.raises(ValueError, match="multiples of 8"):

@@ -19,11 +19,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Imagined(Protocol):
-    """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), history, proprio (B, 8)."""
+    """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), history, state."""
 
     frames: torch.Tensor
     history: torch.Tensor
-    proprio: torch.Tensor
+    state: torch.Tensor
 
 
 class WorldModel(Protocol):
@@ -48,10 +48,13 @@ class WorldModel(Protocol):
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) -> history, batch first."""
 
+    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
+        """Proprio float32 (B, 8) -> state (B, S), of which the first 8 numbers are the proprioception."""
+
     def imagine(
         self,
         history: torch.Tensor,
-        proprio: torch.Tensor,
+        state: torch.Tensor,
         actions: torch.Tensor,
         *,
         start_images: NDArray[np.uint8],
@@ -59,7 +62,7 @@ class WorldModel(Protocol):
         generator: list[torch.Generator] | None,
         num_inference_steps: int | None,
     ) -> Imagined:
-        """What happens during one chunk of actions float32 (B, chunk_size, action_dim), from proprio float32 (B, 8).
+        """What happens during one chunk of actions float32 (B, chunk_size, action_dim).
 
         :param start_images: uint8 (B, H, W, 3), the first frames of these episodes.
         :param suites: B names, by which a world model knows the cameras.
@@ -91,7 +94,7 @@ def resolve_models(
     if isinstance(reward_model, str | Path):
         reward = _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), _device(device))
     for model, needs in (
-        (world, ("init_history", "imagine", "chunk_size", "chunk_frames", "image_size", "action_dim")),
+        (world, ("init_history", "init_state", "imagine", "chunk_size", "chunk_frames", "image_size", "action_dim")),
         (reward, ("score", "threshold")),
     ):
         if missing := [name for name in needs if not hasattr(model, name)]:

@@ -31,7 +31,7 @@ Observation = dict[str, NDArray[Any]]
 
 REWARD_TYPES = ("sparse", "probability")
 
-_STATE = ("_history", "_proprio", "_embeddings", "_lengths", "_probability", "_done", "_starts", "_seeds")
+_STATE = ("_history", "_state", "_embeddings", "_lengths", "_probability", "_done", "_starts", "_seeds")
 
 
 class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
@@ -139,12 +139,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         frames = 1 + max_chunks * self.world_model.chunk_frames
         self._clips = np.zeros((num_envs, frames, size, size, 3), np.uint8)  # the episode so far, start first
         self._lengths = np.zeros(num_envs, np.int64)  # frames in each clip
-        self._proprio = np.zeros((num_envs, PROPRIO_DIM), np.float32)
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
         self._done = np.zeros(num_envs, np.bool_)
         self.paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
+        self._state: torch.Tensor | None = None  # (num_envs, S), the proprioception first
         self._starts: list[StartState | None] = [None] * num_envs
         self._seeds: list[int] = [-1] * num_envs
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
@@ -324,15 +324,17 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Begin an episode from ``starts[k]`` in env ``rows[k]``."""
         images = np.stack([start.image for start in starts])
         history = self.world_model.init_history(images)
-        if self._history is None:
+        state = self.world_model.init_state(torch.from_numpy(np.stack([start.proprio for start in starts])))
+        if self._history is None or self._state is None:
             self._history = history.new_zeros((self.num_envs, *history.shape[1:]))
-        self._history[torch.from_numpy(rows)] = history
+            self._state = state.new_zeros((self.num_envs, *state.shape[1:]))
+        index = torch.from_numpy(rows)
+        self._history[index], self._state[index] = history, state
         self._clips[rows, 0] = images
         self._lengths[rows] = 1
         self._done[rows] = False
         for i, start in zip(rows.tolist(), starts, strict=True):
             self._starts[i] = start
-            self._proprio[i] = start.proprio
             self._embeddings[i] = instruction_embedding(start.instruction)
         self._judge(rows)
 
@@ -342,11 +344,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
-        assert self._history is not None  # reset() comes first
+        assert self._history is not None and self._state is not None  # reset() comes first
         device, index = self._history.device, torch.from_numpy(rows)
         chunk = self.world_model.imagine(
             self._history[index],
-            torch.from_numpy(self._proprio[rows]).to(device),
+            self._state[index],
             torch.from_numpy(actions).to(device),
             start_images=self._clips[rows, 0],
             # A user's own start is taken to be seen through the camera of the suite the env was made for.
@@ -354,14 +356,13 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             generator=[self._noise[i] for i in rows.tolist()],
             num_inference_steps=self.num_sampling_steps,
         )
-        proprio = chunk.proprio.float().cpu().numpy()
-        if not np.isfinite(proprio).all():
-            lost = rows[~np.isfinite(proprio).all(axis=1)].tolist()
+        finite = chunk.state.isfinite().all(dim=1).cpu().numpy()
+        if not finite.all():
+            lost = rows[~finite].tolist()
             raise FloatingPointError(
                 f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
             )
-        self._history[index] = chunk.history
-        self._proprio[rows] = proprio
+        self._history[index], self._state[index] = chunk.history, chunk.state
         frames = self.world_model.chunk_frames
         self._clips[rows[:, None], self._lengths[rows, None] + np.arange(frames)] = chunk.frames.numpy()
         self._lengths[rows] += frames
@@ -394,8 +395,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         return array.astype(np.float32)
 
     def _observations(self) -> Observation:
+        assert self._state is not None  # reset() comes first
         image = self._clips[np.arange(self.num_envs), self._lengths - 1]
-        return {"image": image, "proprio": self._proprio.copy(), "instruction": self._embeddings.copy()}
+        proprio = self._state[:, :PROPRIO_DIM].float().cpu().numpy().copy()
+        return {"image": image, "proprio": proprio, "instruction": self._embeddings.copy()}
 
     def _info(self, i: int) -> dict[str, Any]:
         start, length, frames = self._starts[i], self._lengths[i], self.world_model.chunk_frames

@@ -280,8 +280,9 @@ def _next_chunks(
     frames = pipeline.chunk_frames
     present = arrays.starts[:count, None] + torch.arange(0, length - 1, frames)  # (count, N)
     past = torch.arange(2 - pipeline.transformer.config.history_frames, 1)
+    states = _observed_states(pipeline, arrays, count, length)[:, :-1:frames]
     chunks = []
-    for start, rows, record in zip(arrays.starts[:count], present, arrays.records[:count], strict=True):
+    for start, rows, record, state in zip(arrays.starts[:count], present, arrays.records[:count], states, strict=True):
         recent = (rows[:, None] + past).clamp(min=int(start))  # (N, T_h - 1)
         index = torch.cat([start.expand(len(rows), 1), recent], dim=1)
         shown = arrays.frames[index]
@@ -289,9 +290,21 @@ def _next_chunks(
         actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
         generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
         start_images, suites = arrays.frames[start].expand(len(rows), -1, -1, -1), [record.suite] * len(rows)
-        chunk = pipeline.imagine(history, arrays.proprio[rows], actions, start_images, suites, generator)
+        chunk = pipeline.imagine(history, state, actions, start_images, suites, generator)
         chunks.append(chunk.frames)
     return torch.stack(chunks).numpy()
+
+
+@torch.inference_mode()
+def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: int, length: int) -> torch.Tensor:
+    """Prophet's state at every frame of an episode whose true proprioception it sees: float32 (count, length, S)."""
+    index = arrays.starts[:count, None] + torch.arange(length)
+    proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
+    states = [pipeline.init_state(proprio[:, 0])]
+    for frame in range(1, length):
+        state = pipeline.proprioception(states[-1], actions[:, frame - 1])
+        states.append(torch.cat([proprio[:, frame], state[:, proprio.shape[2] :]], dim=1))
+    return torch.stack(states, dim=1)
 
 
 def _batched(

@@ -23,12 +23,13 @@ class ImaginedChunk(BaseOutput):
     Attributes:
         frames: uint8 (B, chunk_frames, H, W, 3) on the CPU, upright RGB.
         history: float (B, T_h, C, h, w), to pass to the next call.
-        proprio: float32 (B, P), Prophet's estimate after the chunk, metres and radians.
+        state: float32 (B, S), to pass to the next call; its first P numbers are Prophet's estimate of the
+            proprioception after the chunk, metres and radians.
     """
 
     frames: torch.Tensor
     history: torch.Tensor
-    proprio: torch.Tensor
+    state: torch.Tensor
 
 
 def frames_to_pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -45,8 +46,9 @@ class ProphetPipeline(DiffusionPipeline):
     r"""
     Prophet, the action-conditioned video world model (arXiv 2511.20633).
 
-    A rollout is autoregressive: `init_history` encodes the observed frames, every `imagine` call consumes one chunk of
-    actions and returns the next frames with the history and proprioception for the next call.
+    A rollout is autoregressive: it begins with `init_history` of the observed frames and `init_state` of the observed
+    proprioception; every `imagine` call consumes one chunk of actions and returns the next frames with the history and
+    the state for the next call.
 
     Args:
         vae (`ProphetAutoencoder`): frames <-> latents.
@@ -154,11 +156,23 @@ class ProphetPipeline(DiffusionPipeline):
         latents = self.vae.encode(self._to_pixels(images)).to(self.transformer.dtype)
         return latents[:, None].repeat(1, self.transformer.config.history_frames, 1, 1, 1)
 
+    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
+        """The state, float32 (B, S), of robots at rest with this proprioception (B, P), metres and radians.
+
+        Raises:
+            ValueError: the shape differs.
+        """
+        if proprio.ndim != 2 or proprio.shape[1] != self.proprioception.config.proprio_dim:
+            raise ValueError(
+                f"Expected proprio of shape (B, {self.proprioception.config.proprio_dim}), got {tuple(proprio.shape)}."
+            )
+        return self.proprioception.init_state(proprio.to(self.device, torch.float32))
+
     @torch.inference_mode()
     def imagine(
         self,
         history: torch.Tensor,
-        proprio: torch.Tensor,
+        state: torch.Tensor,
         actions: torch.Tensor,
         start_images: np.ndarray | torch.Tensor,
         suites: Sequence[str],
@@ -169,7 +183,7 @@ class ProphetPipeline(DiffusionPipeline):
 
         Args:
             history: float (B, T_h, C, h, w) from `init_history` or from the previous call.
-            proprio: float32 (B, P), metres and radians.
+            state: float32 (B, S) from `init_state` or from the previous call.
             actions: float32 (B, chunk_size, action_dim) in [-1, 1].
             start_images: uint8 (B, H, W, 3), what the episodes began with: what stands still is copied from them.
             suites: B names, which say through what camera the arm is seen; one of another name is unknown.
@@ -183,7 +197,7 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shapes do not fit together, or num_inference_steps < 1.
         """
-        self._check_inputs(history, proprio, actions, suites, num_inference_steps)
+        self._check_inputs(history, state, actions, suites, num_inference_steps)
         reference = self._to_pixels(start_images)
         device, dtype = self.transformer.device, self.transformer.dtype
         history = history.to(device, dtype)
@@ -191,7 +205,7 @@ class ProphetPipeline(DiffusionPipeline):
 
         # 1. The robot's own state, frame by frame, and the conditions made of it
         projection = self.projection(suites).to(device)
-        condition, action_frames, proprio = self.condition(proprio.to(device, torch.float32), actions, projection)
+        condition, action_frames, state = self.condition(state.to(device, torch.float32), actions, projection)
 
         # 2. Latent noise
         batch, _, channels, height, width = history.shape
@@ -208,7 +222,7 @@ class ProphetPipeline(DiffusionPipeline):
 
         # 4. Decode
         frames = pixels_to_frames(self.vae.decode(latents.to(self.vae.dtype), reference)).cpu()
-        return ImaginedChunk(frames=frames, history=advance_history(history, latents), proprio=proprio)
+        return ImaginedChunk(frames=frames, history=advance_history(history, latents), state=state)
 
     __call__ = imagine
 
@@ -238,34 +252,35 @@ class ProphetPipeline(DiffusionPipeline):
         if actions.shape[1] % self.chunk_size:
             raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
         clip, estimates = [torch.as_tensor(images)[:, None]], []
-        history = self.init_history(images)
+        history, state = self.init_history(images), self.init_state(proprio)
         for chunk in actions.split(self.chunk_size, dim=1):
-            imagined = self.imagine(history, proprio, chunk, images, suites, generator, num_inference_steps)
-            history, proprio = imagined.history, imagined.proprio
+            imagined = self.imagine(history, state, chunk, images, suites, generator, num_inference_steps)
+            history, state = imagined.history, imagined.state
             clip.append(imagined.frames)
-            estimates.append(proprio.cpu())
+            estimates.append(state[:, : proprio.shape[1]].cpu())
         return torch.cat(clip, dim=1), torch.stack(estimates, dim=1)
 
     def condition(
-        self, proprio: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
+        self, state: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Roll the proprioception through a chunk and assemble the transformer's per-frame conditions.
+        """Roll the state through a chunk and assemble the transformer's per-frame conditions.
 
         Args:
-            proprio: float32 (B, P). actions: float (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
+            state: float32 (B, S). actions: float (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
 
         Returns:
-            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H / 2, W / 2); the proprioception
-            after the chunk, float32 (B, P).
+            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H / 2, W / 2); the state after the
+            chunk, float32 (B, S).
         """
+        proprio_dim = self.proprioception.config.proprio_dim
         conditions, poses = [], []
         for frame_actions in actions.unflatten(1, (self.chunk_frames, self.frame_stride)).unbind(1):
-            following = self.proprioception(proprio, frame_actions.to(proprio.dtype))
-            conditions.append(frame_condition(self.proprioception, proprio, following, frame_actions))
-            poses.append(following)
-            proprio = following
+            before = state[:, :proprio_dim]
+            state = self.proprioception(state, frame_actions.to(state.dtype))
+            poses.append(state[:, :proprio_dim])
+            conditions.append(frame_condition(self.proprioception, before, poses[-1], frame_actions))
         action_frames = draw_action_frames(torch.stack(poses, dim=1), projection, self.image_size)
-        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames.to(actions.dtype), proprio
+        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames.to(actions.dtype), state
 
     def projection(self, suites: Sequence[str]) -> torch.Tensor:
         """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known."""
@@ -284,7 +299,7 @@ class ProphetPipeline(DiffusionPipeline):
     def _check_inputs(
         self,
         history: torch.Tensor,
-        proprio: torch.Tensor,
+        state: torch.Tensor,
         actions: torch.Tensor,
         suites: Sequence[str],
         steps: int | None,
@@ -293,10 +308,10 @@ class ProphetPipeline(DiffusionPipeline):
         batch = history.shape[0]
         expected = {
             "history": (batch, config.history_frames, config.latent_channels) + (self.image_size // 8,) * 2,
-            "proprio": (batch, self.proprioception.config.proprio_dim),
+            "state": (batch, self.proprioception.config.proprio_dim + self.proprioception.config.hidden_dim),
             "actions": (batch, self.chunk_size, self.action_dim),
         }
-        for name, value in (("history", history), ("proprio", proprio), ("actions", actions)):
+        for name, value in (("history", history), ("state", state), ("actions", actions)):
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")
         if isinstance(suites, str) or len(suites) != batch:
