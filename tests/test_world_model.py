@@ -90,13 +90,11 @@ def test_the_autoencoder_keeps_what_stands_still() -> None:
 
 def test_a_chunk_has_the_promised_shapes_and_types(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(3)
-    history = pipeline.init_history(images)
-    chunk = pipeline.imagine(
-        history, pipeline.init_state(proprio), actions, images, SUITES[: len(images)], generators(3)
-    )
+    history, state = pipeline.init_history(images), pipeline.init_state(proprio)
+    chunk = pipeline.imagine(history, state, actions, images, SUITES[:3], generators(3))
     assert chunk.frames.shape == (3, 2, 96, 96, 3) and chunk.frames.dtype == torch.uint8
-    assert chunk.history.shape == history.shape and chunk.state.shape == state.shape
-    assert chunk.state.dtype == torch.float32
+    assert chunk.history.shape == history.shape
+    assert chunk.state.shape == state.shape and chunk.state.dtype == torch.float32
 
 
 def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
