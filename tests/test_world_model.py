@@ -21,9 +21,12 @@ from prophet_gym.world_model import (
 from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
-    _informative_crops,
+    _crop,
+    _informative_corner,
     autoencoder_loss,
     camera_projection,
+    decoder_loss,
+    imagine_latents,
     proprioception_loss,
     train,
     transformer_loss,
@@ -251,7 +254,8 @@ def test_crops_contain_what_moves() -> None:
     arrays = episodes(4)
     frames = arrays.frames[arrays.starts + 5]
     still = torch.full_like(frames, 40)
-    crops = torch.cat([_informative_crops(frames, still, torch.Generator().manual_seed(k))[0] for k in range(20)])
+    corners = [_informative_corner(frames, still, torch.Generator().manual_seed(k)) for k in range(20)]
+    crops = torch.cat([_crop(frames, corner, 48) for corner in corners])
     assert crops.shape == (80, 48, 48, 3)
     assert (crops[..., 0] == 220).flatten(1).any(1).float().mean() > 0.7
 
@@ -273,7 +277,8 @@ def test_every_stage_learns(tmp_path: Path) -> None:
                 return float(np.mean([loss_fn(0, torch.Generator().manual_seed(k))[0] for k in range(4)]))  # type: ignore[operator]
 
         before = loss()
-        fit(type(module).__name__, module, loss_fn, tmp_path, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)  # type: ignore[arg-type]
+        stage = loss_fn.__qualname__.split("_")[0]  # type: ignore[attr-defined]
+        fit(stage, module, loss_fn, tmp_path, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)  # type: ignore[arg-type]
         return loss() / before
 
     assert improvement(vae, autoencoder_loss(vae, arrays, 8), 60, 5e-3) < 0.6
@@ -282,6 +287,12 @@ def test_every_stage_learns(tmp_path: Path) -> None:
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
     loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9)
     assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
+    imagined = imagine_latents(whole, arrays, latents, seed=0)
+    assert torch.equal(imagined[arrays.starts], latents[arrays.starts]) and not torch.equal(imagined, latents)
+    vae.encoder.requires_grad_(False)
+    encoder = [weight.clone() for weight in vae.encoder.parameters()]
+    assert improvement(vae, decoder_loss(whole, arrays, imagined, 8), 60, 5e-3) < 0.9
+    assert all(torch.equal(one, other) for one, other in zip(encoder, vae.encoder.parameters(), strict=True))
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:

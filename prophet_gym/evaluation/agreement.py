@@ -23,6 +23,7 @@ from prophet_gym.envs.models import resolve_models
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
+from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def video_report(
         The means, and the curves over time (T,) of `prophet`, `copy`, `autoencoder`, whole frame and `moving` pixels.
     """
     copied = np.repeat(real[:, :1], real.shape[1], axis=1)
-    ceiling = _reconstruct(pipeline, real)
+    ceiling = _reconstruct(pipeline, arrays, real)
     curves: dict[str, NDArray[np.float64]] = {}
     report: dict[str, float] = {"episodes": float(count), "frames": float(real.shape[1])}
     for name, video in (("prophet", imagined), ("copy", copied), ("autoencoder", ceiling)):
@@ -264,12 +265,17 @@ def _real_clips(arrays: EpisodeArrays, count: int, chunk_frames: int) -> NDArray
 
 
 @torch.inference_mode()
-def _reconstruct(pipeline: ProphetPipeline, real: NDArray[np.uint8], batch_size: int = 4) -> NDArray[np.uint8]:
+def _reconstruct(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, real: NDArray[np.uint8], batch_size: int = 4
+) -> NDArray[np.uint8]:
     """The clips (N, T + 1, H, W, 3), encoded and decoded: the best that this autoencoder can show."""
+    projections = pipeline.projection([record.suite for record in arrays.records[: len(real)]])
+    poses = arrays.proprio[arrays.starts[: len(real), None] + torch.arange(real.shape[1])]
     clips = []
-    for batch in torch.from_numpy(real).split(batch_size):
-        pixels = frames_to_pixels(batch).to(pipeline.device)
-        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0])).cpu())
+    for rows in torch.arange(len(real)).split(batch_size):
+        pixels = frames_to_pixels(torch.from_numpy(real)[rows]).to(pipeline.device)
+        drawn = draw_action_frames(poses[rows], projections[rows], pipeline.image_size).to(pipeline.device)
+        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], drawn)).cpu())
     return torch.cat(clips).numpy()
 
 

@@ -28,15 +28,17 @@ class ResidualBlock(nn.Module):
 
 class ProphetAutoencoder(ModelMixin, ConfigMixin):
     r"""
-    Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with.
+    Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with and
+    the drawn pose of the arm.
 
     Encoder: a frame by itself. Its first factor of two is a pixel-unshuffle, which costs nothing; the others are
     strided convolutions. The latents are standardised per channel with the buffers `latent_mean` and `latent_std`,
     which training fills in, so that the transformer works on zero mean and unit variance.
 
-    Decoder: features of the reference frame are added at every resolution, and the last layer decides pixel by pixel
-    how much of the reference to keep. Before a fixed camera most of the scene never moves: what stands still is copied
-    at full sharpness however long a rollout lasts, and the latents are spent on what changes.
+    Decoder: features of the reference frame and of the action frame are added at every resolution, and the last layer
+    decides pixel by pixel how much of the reference to keep. Before a fixed camera most of the scene never moves: what
+    stands still is copied at full sharpness however long a rollout lasts, the arm appears where it is drawn, and the
+    latents are spent on what neither shows.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
@@ -68,12 +70,12 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(eighth, latent_channels, 1),
         )
-        # Coarse to fine in both lists: stage k runs at the resolution of reference feature k.
-        self.reference = nn.ModuleList(
+        # Coarse to fine in all lists. Action frames have half the video's resolution, as the unshuffled reference.
+        self.condition = nn.ModuleList(
             [
                 nn.Sequential(nn.SiLU(), nn.Conv2d(quarter, eighth, 4, stride=2, padding=1)),
                 nn.Sequential(nn.SiLU(), nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
-                nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, half, 3, padding=1)),
+                nn.Conv2d(12 + 3, half, 3, padding=1),
             ]
         )
         self.upsample = nn.ModuleList(
@@ -111,29 +113,39 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         latents = self.encoder(pixels)
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
-    def decode(self, latents: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, reference: torch.Tensor, action_frames: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decode the latents of some frames of each episode.
 
         Args:
             latents: standardised, float (B, F, C, h, w).
             reference: pixels of the frame that each episode began with, float (B, 3, 8 h, 8 w) in [-1, 1].
+            action_frames: float (B, F, 3, 4 h, 4 w), see `draw_action_frames`; None is black, an unknown camera.
 
         Returns:
             Pixels, float (B, F, 3, 8 h, 8 w), nominally in [-1, 1].
         """
         batch, frames = latents.shape[:2]
-        features = [reference]
-        for stage in reversed(self.reference):
+        condition = F.pixel_unshuffle(reference, 2).repeat_interleave(frames, dim=0)
+        if action_frames is None:
+            drawn = condition.new_zeros(len(condition), 3, *condition.shape[-2:])
+        else:
+            drawn = action_frames.flatten(0, 1)
+        features = [torch.cat([condition, drawn], dim=1)]
+        for stage in reversed(self.condition):
             features.insert(0, stage(features[0]))
         latents = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         hidden_states = latents.flatten(0, 1)
         for upsample, feature, blocks in zip(self.upsample, features[:-1], self.decoder, strict=True):
-            hidden_states = upsample(hidden_states) + feature.repeat_interleave(frames, dim=0)
-            hidden_states = blocks(hidden_states)
+            hidden_states = blocks(upsample(hidden_states) + feature)
         pixels = self.to_pixels(hidden_states).unflatten(0, (batch, frames))
         keep = torch.sigmoid(pixels[:, :, 3:])
         return keep * reference[:, None] + (1 - keep) * pixels[:, :, :3]
 
-    def forward(self, pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Reconstruct pixels (B, F, 3, H, W) of episodes that began with `reference` (B, 3, H, W)."""
-        return self.decode(self.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]), reference)
+    def forward(
+        self, pixels: torch.Tensor, reference: torch.Tensor, action_frames: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Reconstruct pixels (B, F, 3, H, W); the other arguments are those of `decode`."""
+        latents = self.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return self.decode(latents, reference, action_frames)

@@ -221,7 +221,9 @@ class ProphetPipeline(DiffusionPipeline):
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
         # 4. Decode
-        frames = pixels_to_frames(self.vae.decode(latents.to(self.vae.dtype), reference)).cpu()
+        frames = pixels_to_frames(
+            self.vae.decode(latents.to(self.vae.dtype), reference, action_frames.to(self.vae.dtype))
+        ).cpu()
         return ImaginedChunk(frames=frames, history=advance_history(history, latents), state=state)
 
     __call__ = imagine

@@ -1,6 +1,8 @@
-"""Training of Prophet: proprioception, autoencoder, then the transformer by rectified flow; each can be resumed."""
+"""Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, then the decoder on what the
+transformer imagines; each stage can be resumed."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 5000, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
+        "decoder": {"steps": 4000, "batch_size": 32, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
@@ -33,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
         "proprioception": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
         "transformer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "decoder": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "models": {
             "autoencoder": {
                 "latent_channels": 4,
@@ -64,12 +68,11 @@ def camera_projection(camera: dict[str, Any]) -> list[list[float]]:
 
 
 def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size: int) -> LossFn:
-    """Squared error on pixels and L1 on their finite differences, over crops of what moves and what has colour.
+    """Error of encoded and decoded crops of what moves and what has colour.
 
-    Absolute error alone paints small bright objects in the grey of the floor, and the object is what a policy is
-    judged by. What differs from the reference counts five times: the rest can be copied from it. The reference is the
-    episode's first frame, or at times another one, because a user's start may come from anywhere. The latents get
-    noise of a random level, so that the decoder forgives the transformer's errors.
+    The reference is the episode's first frame, or at times another one, because a user's start may come from anywhere.
+    The latents get noise of a random level, so that the decoder forgives the transformer's errors. The action frames
+    are black: the latents must learn to show the arm.
     """
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -77,26 +80,63 @@ def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size:
         elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
         usual = torch.rand(batch_size, generator=generator) < 0.75
         reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
-        crops, reference = _informative_crops(arrays.frames[clip.rows[:, 1]], arrays.frames[reference_rows], generator)
-        pixels, reference = (frames_to_pixels(frames).to(vae.device) for frames in (crops, reference))
+        frames, references = arrays.frames[clip.rows[:, 1]], arrays.frames[reference_rows]
+        corner = _informative_corner(frames, references, generator)
+        pixels = frames_to_pixels(_crop(frames, corner, CROP)).to(vae.device)
+        reference = frames_to_pixels(_crop(references, corner, CROP)).to(vae.device)
         latents = vae.encode(pixels)
         level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
         noise = (level * torch.randn(latents.shape, generator=generator)).to(latents)
         decoded = vae.decode((latents + noise)[:, None], reference)[:, 0]
-        error = decoded - pixels
-        weight = 1 + 4 * ((pixels - reference).abs().amax(1, keepdim=True) > 0.1)
-        squared = (weight * error.square()).mean()
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        size = 1e-4 * latents.square().mean()
-        return 10 * squared + edges + size, {"psnr": _psnr(error)}
+        loss = _pixel_loss(decoded, pixels, reference) + 1e-4 * latents.square().mean()
+        return loss, {"psnr": _psnr(decoded - pixels)}
 
     return loss_fn
 
 
-def _informative_crops(
-    frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut one CROP x CROP window (on the 8-pixel grid) from each pair, favouring colour and difference."""
+def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: torch.Tensor, batch_size: int) -> LossFn:
+    """Error of crops decoded from the transformer's own latents, so that the decoder makes the best of its errors.
+
+    Args:
+        imagined: float16 (N, C, h, w), see `imagine_latents`.
+    """
+    vae = pipeline.vae
+    projections = pipeline.projection([record.suite for record in arrays.records])
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
+        rows = clip.rows[:, 1]
+        frames, references = arrays.frames[rows], arrays.frames[clip.first_rows]
+        corner = _informative_corner(frames, references, generator)
+        pixels = frames_to_pixels(_crop(frames, corner, CROP)).to(vae.device)
+        reference = frames_to_pixels(_crop(references, corner, CROP)).to(vae.device)
+        latents = _crop(imagined[rows].movedim(1, -1), corner // 8, CROP // 8).movedim(-1, 1)
+        drawn = draw_action_frames(arrays.proprio[rows][:, None], projections[clip.episodes], pipeline.image_size)
+        drawn = _crop(drawn[:, 0].movedim(1, -1), corner // 2, CROP // 2).movedim(-1, 1)
+        decoded = vae.decode(latents[:, None].float().to(vae.device), reference, drawn[:, None].to(vae.device))[:, 0]
+        return _pixel_loss(decoded, pixels, reference), {"psnr": _psnr(decoded - pixels)}
+
+    return loss_fn
+
+
+def _pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Squared error on pixels and L1 on their finite differences, (N, 3, H, W) each.
+
+    Absolute error alone paints small bright objects in the grey of the floor, and the object is what a policy is judged
+    by. What differs from the reference counts five times: the rest can be copied from it.
+    """
+    error = decoded - pixels
+    weight = 1 + 4 * ((pixels - reference).abs().amax(1, keepdim=True) > 0.1)
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return 10 * (weight * error.square()).mean() + edges
+
+
+def _informative_corner(frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Choose one CROP x CROP window of each pair of frames, favouring colour and difference.
+
+    Returns:
+        Row and column of the upper left corner, multiples of 8, int64 (N, 2).
+    """
     sparse = frames[:, ::2, ::2].float()
     difference = (sparse - references[:, ::2, ::2].float()).abs().mean(-1)
     saturation = sparse.amax(-1) - sparse.amin(-1)
@@ -107,11 +147,14 @@ def _informative_crops(
     corner = torch.stack([centre // side, centre % side], dim=1) - torch.randint(
         span, (len(frames), 2), generator=generator
     )
-    corner = 8 * corner.clamp(0, side - span)
-    rows = corner[:, :1] + torch.arange(CROP)
-    columns = corner[:, 1:] + torch.arange(CROP)
-    window = torch.arange(len(frames))[:, None, None], rows[:, :, None], columns[:, None, :]
-    return frames[window], references[window]
+    return 8 * corner.clamp(0, side - span)
+
+
+def _crop(images: torch.Tensor, corner: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut a size x size window at each corner (N, 2) out of images (N, H, W, C)."""
+    rows = corner[:, :1] + torch.arange(size)
+    columns = corner[:, 1:] + torch.arange(size)
+    return images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch_size: int, frames: int = 20) -> LossFn:
@@ -204,6 +247,41 @@ def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int
     return torch.cat([vae.encode(frames_to_pixels(batch).to(vae.device)).half().cpu() for batch in batches])
 
 
+@torch.inference_mode()
+def imagine_latents(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, latents: torch.Tensor, seed: int, batch_size: int = 64
+) -> torch.Tensor:
+    """Imagine every episode open loop from its first frame, given the true proprioception.
+
+    Args:
+        latents: float16 (N, C, h, w), all frames of `arrays` encoded. seed: of the noise.
+
+    Returns:
+        float16 (N, C, h, w); frames beyond the last whole chunk of the shortest episode are those of `latents`.
+    """
+    device, chunk_frames = pipeline.device, pipeline.chunk_frames
+    projections = pipeline.projection([record.suite for record in arrays.records])
+    imagined = latents.clone()
+    generator = torch.Generator().manual_seed(seed)
+    chunks = (int(arrays.lengths.min()) - 1) // chunk_frames
+    for episodes in tqdm(torch.arange(len(arrays.starts)).split(batch_size), desc="imagining", mininterval=5.0):
+        starts, projection = arrays.starts[episodes], projections[episodes].to(device)
+        history = latents[starts][:, None].float().to(device)
+        history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
+        for chunk in range(chunks):
+            before = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames)
+            poses = arrays.proprio[before + 1].to(device)
+            condition = frame_condition(
+                pipeline.proprioception, arrays.proprio[before].to(device), poses, arrays.actions[before].to(device)
+            )
+            noise = torch.randn(before.shape + latents.shape[1:], generator=generator).to(device)
+            action_frames = draw_action_frames(poses, projection, pipeline.image_size)
+            clean = noise - pipeline.transformer(noise, noise.new_ones(len(starts)), history, condition, action_frames)
+            history = advance_history(history, clean)
+            imagined[before + 1] = clean.half().cpu()
+    return imagined
+
+
 def _standardize_latents(vae: ProphetAutoencoder, latents: torch.Tensor) -> torch.Tensor:
     """Make the statistics of raw latents (N, C, h, w) part of the autoencoder; return the latents standardised."""
     mean, std = latents.float().mean((0, 2, 3)), latents.float().std((0, 2, 3))
@@ -227,10 +305,10 @@ def _psnr(error: torch.Tensor) -> float:
 
 
 def _validate(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, writer: SummaryWriter, step: int, episodes: int = 16
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, stage: str, writer: SummaryWriter, step: int
 ) -> None:
-    """Replay validation episodes open loop; log PSNR by horizon and write a video, real above imagined."""
-    chosen = torch.linspace(0, len(arrays.starts) - 1, min(episodes, len(arrays.starts))).long()
+    """Replay 16 validation episodes open loop; log PSNR by horizon and write a video, real above imagined."""
+    chosen = torch.linspace(0, len(arrays.starts) - 1, min(16, len(arrays.starts))).long()
     starts, length = arrays.starts[chosen], int(arrays.lengths[chosen].min()) - 1
     length -= length % pipeline.chunk_frames
     index = starts[:, None] + torch.arange(length + 1)
@@ -242,11 +320,13 @@ def _validate(
     error = (imagined.float() - real.float()) / 127.5
     for frame in (pipeline.chunk_frames, 10, 20, length):
         if frame <= length:
-            writer.add_scalar(f"validation/psnr_frame_{frame}", _psnr(error[:, frame]), step)
-    writer.add_scalar("validation/psnr_episode", _psnr(error[:, 1:]), step)
-    pairs = torch.cat([real, imagined], dim=2)[:8]  # (8, T, 2 H, W, 3)
+            writer.add_scalar(f"{stage}/validation_psnr_frame_{frame}", _psnr(error[:, frame]), step)
+    writer.add_scalar(f"{stage}/validation_psnr_episode", _psnr(error[:, 1:]), step)
+    pairs = torch.cat([real, imagined], dim=2)[::2]  # (8, T, 2 H, W, 3)
     video = list(pairs.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy())
-    imageio.mimwrite(out / f"validation-{step:06d}.mp4", video, fps=pipeline.config.control_hz / pipeline.frame_stride)
+    imageio.mimwrite(
+        out / f"validation-{stage}-{step:06d}.mp4", video, fps=pipeline.config.control_hz / pipeline.frame_stride
+    )
 
 
 def train(
@@ -315,7 +395,21 @@ def train(
         loss_fn,
         out,
         seed=seed,
-        validate=lambda writer, step: _validate(pipeline, val_arrays, out, writer, step),
+        validate=partial(_validate, pipeline, val_arrays, out, "transformer"),
+        **stage,
+    )
+
+    stage = dict(recipe["decoder"])
+    imagined = imagine_latents(pipeline, train_arrays, latents, seed)
+    loss_fn = decoder_loss(pipeline, train_arrays, imagined, stage.pop("batch_size"))
+    vae.encoder.requires_grad_(False)  # the transformer knows its latents
+    fit(
+        "decoder",
+        vae,
+        loss_fn,
+        out,
+        seed=seed,
+        validate=partial(_validate, pipeline, val_arrays, out, "decoder"),
         **stage,
     )
     temporary = out / ".pipeline.tmp"
