@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 5000, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 4200, "batch_size": 16, "learning_rate": 1e-3},
-        "decoder": {"steps": 4000, "batch_size": 32, "learning_rate": 1e-3},
+        "decoder": {"steps": 2500, "batch_size": 32, "learning_rate": 1e-3},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
