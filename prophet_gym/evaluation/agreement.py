@@ -317,9 +317,9 @@ def _batched(
     metric: Callable[[NDArray[np.uint8], NDArray[np.uint8]], torch.Tensor],
     imagined: NDArray[np.uint8],
     real: NDArray[np.uint8],
-    batch_size: int = 8,
+    batch_size: int = 1,
 ) -> torch.Tensor:
-    """A metric of many videos, a few at a time: the metrics compute in float64, sixteen bytes a pixel and more."""
+    """A metric of many videos, one at a time: in float64 a batch needs buffers that are too large to be reused."""
     batches = range(0, len(real), batch_size)
     return torch.cat([metric(imagined[k : k + batch_size], real[k : k + batch_size]) for k in batches])
 
