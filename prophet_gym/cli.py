@@ -34,18 +34,30 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _train_reward(arguments: argparse.Namespace) -> None:
-    from prophet_gym.data.clips import load_arrays
+    from prophet_gym.data.clips import concatenate, load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.reward.training import train_success_classifier
+    from prophet_gym.world_model.imagination import imagine_episodes
+    from prophet_gym.world_model.pipeline import ProphetPipeline
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
+    if arguments.world_model is not None:
+        pipeline = ProphetPipeline.from_pretrained(arguments.world_model).to(arguments.device)
+        train, val = (
+            concatenate([arrays, imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed)])
+            for arrays in (train, val)
+        )
     train_success_classifier(
-        load_arrays(datasets, "train"),
-        load_arrays(datasets, "val"),
+        train,
+        val,
         arguments.out,
         steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         device=arguments.device,
+        init=arguments.init,
+        max_false_success_rate=arguments.max_false_success_rate,
     )
 
 
@@ -87,6 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
     reward.add_argument("--out", required=True)
     reward.add_argument("--steps", type=int, default=3000)
+    reward.add_argument("--learning-rate", type=float, default=1e-3)
+    reward.add_argument("--init", default=None, help="folder of a classifier to begin from")
+    reward.add_argument("--world-model", default=None, help="folder of a pipeline: train on its imagination too")
+    reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
+    reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
     reward.add_argument("--seed", type=int, default=0)
     reward.add_argument("--device", default="cpu")
     reward.set_defaults(run=_train_reward)

@@ -13,7 +13,6 @@ from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
-    MAX_FALSE_SUCCESS_RATE,
     choose_threshold,
     episode_metrics,
     episode_peaks,
@@ -79,6 +78,12 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
     assert loaded.threshold == classifier.threshold == metrics["threshold"]
     assert torch.equal(loaded.logit_scale, classifier.logit_scale)
+    # Begun from the result, one step is enough.
+    out = tmp_path / "again"
+    _, again = train_success_classifier(
+        episodes(16), episodes(12, seed=1), out, steps=1, batch_size=16, learning_rate=1e-6, init=tmp_path / "reward"
+    )
+    assert again["accuracy"] == 1.0
 
 
 def test_peaks_are_taken_at_the_ends_of_chunks() -> None:
@@ -91,12 +96,12 @@ def test_peaks_are_taken_at_the_ends_of_chunks() -> None:
     assert solved.tolist() == [True, False]
 
 
-@given(hnp.arrays(np.float64, st.integers(10, 200), elements=st.floats(0, 0.99)), st.randoms())
-def test_the_threshold_lets_few_failures_pass(peak: np.ndarray, random: object) -> None:
+@given(hnp.arrays(np.float64, st.integers(10, 200), elements=st.floats(0, 0.99)), st.floats(0, 0.5))
+def test_the_threshold_lets_few_failures_pass(peak: np.ndarray, allowed: float) -> None:
     solved = np.arange(len(peak)) % 3 == 0
-    threshold = choose_threshold(peak, solved)
+    threshold = choose_threshold(peak, solved, allowed)
     assert 0.5 <= threshold < 1
-    assert (peak[~solved] >= threshold).mean() <= MAX_FALSE_SUCCESS_RATE
+    assert (peak[~solved] >= threshold).mean() <= allowed
 
 
 def test_episode_metrics_on_a_known_table() -> None:

@@ -9,7 +9,7 @@ from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.clips import EpisodeArrays, concatenate
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.training import fit
 from prophet_gym.world_model import (
@@ -19,6 +19,7 @@ from prophet_gym.world_model import (
     ProprioceptionModel,
 )
 from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.imagination import imagine_episodes
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
     _crop,
@@ -241,6 +242,21 @@ def test_the_config_is_what_the_constructor_takes(tmp_path: Path, caplog: pytest
     transformer.save_pretrained(tmp_path)
     ProphetTransformer3DModel.from_pretrained(tmp_path)
     assert "not expected" not in caplog.text
+
+
+def test_imagined_episodes_keep_everything_but_the_frames(pipeline: ProphetPipeline) -> None:
+    arrays = episodes(5)
+    imagined = imagine_episodes(pipeline, arrays, count=3, seed=0, batch_size=2)
+    assert [record.episode_index for record in imagined.records] == [0, 2, 4]
+    for k, episode in enumerate((0, 2, 4)):
+        rows, real = torch.arange(9) + imagined.starts[k], torch.arange(9) + arrays.starts[episode]
+        assert torch.equal(imagined.actions[rows], arrays.actions[real])
+        assert torch.equal(imagined.proprio[rows], arrays.proprio[real])
+        assert torch.equal(imagined.frames[rows[0]], arrays.frames[real[0]])
+        assert not torch.equal(imagined.frames[rows[1:]], arrays.frames[real[1:]])
+    both = concatenate([arrays, imagined])
+    assert torch.equal(both.frames[both.starts[6]], arrays.frames[arrays.starts[2]])
+    assert len(both.records) == len(both.lengths) == 8
 
 
 def test_frame_condition_puts_actions_first() -> None:

@@ -99,6 +99,19 @@ def load_arrays(
     )
 
 
+def concatenate(parts: Sequence[EpisodeArrays]) -> EpisodeArrays:
+    """The episodes of all parts, in order."""
+    offsets = np.cumsum([0, *(len(part.frames) for part in parts[:-1])]).tolist()
+    return EpisodeArrays(
+        **{
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("frames", "proprio", "actions", "success", "lengths")
+        },
+        starts=torch.cat([part.starts + offset for part, offset in zip(parts, offsets, strict=True)]),
+        records=tuple(record for part in parts for record in part.records),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ClipIndices:
     """A batch of windows, as rows of an :class:`EpisodeArrays`.

@@ -15,9 +15,6 @@ from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.training import LossFn, fit
 
-MAX_FALSE_SUCCESS_RATE = 0.05
-"""Share of failed validation episodes that the threshold lets pass at most: false successes are what RL exploits."""
-
 
 def train_success_classifier(
     train_arrays: EpisodeArrays,
@@ -29,6 +26,8 @@ def train_success_classifier(
     learning_rate: float = 1e-3,
     seed: int = 0,
     device: str = "cpu",
+    init: str | os.PathLike[str] | None = None,
+    max_false_success_rate: float = 0.05,
 ) -> tuple[SuccessClassifier, dict[str, float]]:
     """Train on the frames of one split, calibrate and choose the threshold on another, save to `out / reward`.
 
@@ -36,6 +35,9 @@ def train_success_classifier(
         train_arrays, val_arrays: episodes with frame-wise verdicts.
         out: folder; checkpoints and TensorBoard logs too. The same call resumes a killed run.
         steps, batch_size, learning_rate, seed, device: of the training.
+        init: folder of a classifier to begin from; None begins from random weights.
+        max_false_success_rate: share of failed validation episodes that the threshold lets pass at most: false
+            successes are what RL exploits.
 
     Returns:
         The classifier, and its metrics on `val_arrays` (see `episode_metrics`), also written to `reward/metrics.json`.
@@ -44,7 +46,8 @@ def train_success_classifier(
     out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classifier = SuccessClassifier().to(device)
+        classifier = SuccessClassifier() if init is None else SuccessClassifier.from_pretrained(init).float()
+        classifier.to(device)
     loss_fn = classification_loss(classifier, train_arrays, batch_size)
     fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)
 
@@ -52,7 +55,7 @@ def train_success_classifier(
     _calibrate(classifier, logits, val_arrays.success)
     probability = torch.sigmoid(logits * classifier.logit_scale.cpu() + classifier.logit_bias.cpu())
     peak, solved = episode_peaks(val_arrays, probability)
-    classifier.register_to_config(threshold=choose_threshold(peak, solved))
+    classifier.register_to_config(threshold=choose_threshold(peak, solved, max_false_success_rate))
     metrics = {"frame_auroc": float(binary_auroc(probability, val_arrays.success.long()))}
     metrics |= episode_metrics(peak, solved, classifier.threshold)
     temporary = out / ".reward.tmp"
@@ -148,10 +151,10 @@ def episode_peaks(
     return np.array(peaks), np.array(solved)
 
 
-def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_]) -> float:
-    """Lowest threshold, at least 0.5, that no more than MAX_FALSE_SUCCESS_RATE of the failed episodes reach."""
+def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_false_success_rate: float) -> float:
+    """Lowest threshold, at least 0.5, that no more than this share of the failed episodes reaches."""
     failures = np.sort(peak[~solved])[::-1]
-    allowed = int(MAX_FALSE_SUCCESS_RATE * len(failures))
+    allowed = int(max_false_success_rate * len(failures))
     limit = failures[allowed] if allowed < len(failures) else 0.0
     return float(min(max(0.5, np.nextafter(limit, 1.0)), 0.999))
 
