@@ -2,9 +2,9 @@
 
     python examples/quickstart.py
 
-loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for libero_object; improves
-the policy with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and after on
-validation starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator, which
+loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for LIBERO; improves the
+policy on libero_spatial with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and
+after on validation starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator, which
 training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after.mp4, TensorBoard
 logs, the policy.
 """
@@ -68,10 +68,10 @@ def main() -> None:
     """Run the comparison and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="of post-training")
-    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     parser.add_argument("--policy", default=str(WEIGHTS / "flow-policy-libero"))
     parser.add_argument("--num-envs", type=int, default=64, help="groups of 8 share a start")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument(
         "--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts"
     )
