@@ -14,14 +14,9 @@ def _record(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
-    from prophet_gym.world_model.training import camera_projection, train
+    from prophet_gym.world_model.training import camera_projections, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    cameras = {
-        dataset.records[0].suite: camera_projection(dataset.info["prophet"]["camera"])
-        for dataset in datasets
-        if dataset.info["prophet"].get("camera")
-    }
     train(
         load_arrays(datasets, "train"),
         load_arrays(datasets, "val"),
@@ -29,21 +24,21 @@ def _train(arguments: argparse.Namespace) -> None:
         preset=arguments.preset,
         seed=arguments.seed,
         device=arguments.device,
-        cameras=cameras,
+        cameras=camera_projections(datasets),
     )
 
 
 def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import concatenate, load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.envs.models import load_reward_model, load_world_model
     from prophet_gym.reward.training import train_success_classifier
     from prophet_gym.world_model.imagination import imagine_episodes
-    from prophet_gym.world_model.pipeline import ProphetPipeline
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
     train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
     if arguments.world_model is not None:
-        pipeline = ProphetPipeline.from_pretrained(arguments.world_model).to(arguments.device)
+        pipeline = load_world_model(arguments.world_model, arguments.device)
         train, val = (
             concatenate([arrays, imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed)])
             for arrays in (train, val)
@@ -56,7 +51,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         device=arguments.device,
-        init=arguments.init,
+        init=None if arguments.init is None else load_reward_model(arguments.init, arguments.device),
         max_false_success_rate=arguments.max_false_success_rate,
     )
 
@@ -100,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--out", required=True)
     reward.add_argument("--steps", type=int, default=3000)
     reward.add_argument("--learning-rate", type=float, default=1e-3)
-    reward.add_argument("--init", default=None, help="folder of a classifier to begin from")
-    reward.add_argument("--world-model", default=None, help="folder of a pipeline: train on its imagination too")
+    reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
+    reward.add_argument("--world-model", default=None, help="train on its imagination too, folder or shipped name")
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
     reward.add_argument("--seed", type=int, default=0)

@@ -81,7 +81,7 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
     # Begun from the result, one step is enough.
     out = tmp_path / "again"
     _, again = train_success_classifier(
-        episodes(16), episodes(12, seed=1), out, steps=1, batch_size=16, learning_rate=1e-6, init=tmp_path / "reward"
+        episodes(16), episodes(12, seed=1), out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded
     )
     assert again["accuracy"] == 1.0
 

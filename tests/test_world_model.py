@@ -246,7 +246,7 @@ def test_the_config_is_what_the_constructor_takes(tmp_path: Path, caplog: pytest
 
 def test_imagined_episodes_keep_everything_but_the_frames(pipeline: ProphetPipeline) -> None:
     arrays = episodes(5)
-    imagined = imagine_episodes(pipeline, arrays, count=3, seed=0, batch_size=2)
+    imagined = imagine_episodes(pipeline, arrays, count=3, seed=0)
     assert [record.episode_index for record in imagined.records] == [0, 2, 4]
     for k, episode in enumerate((0, 2, 4)):
         rows, real = torch.arange(9) + imagined.starts[k], torch.arange(9) + arrays.starts[episode]
@@ -365,7 +365,7 @@ def test_the_camera_matrix_inverts_the_extrinsics() -> None:
         "intrinsics": [[100, 0, 48], [0, 100, 48], [0, 0, 1]],
         "extrinsics": [[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, -1], [0, 0, 0, 1]],
     }
-    projection = torch.tensor(camera_projection(camera))
+    projection = torch.tensor(camera_projection(np.array(camera["intrinsics"]), np.array(camera["extrinsics"])))
     pixel = projection @ torch.tensor([2.0, 0, 0, 1])  # one metre in front of the camera
     assert torch.allclose(pixel / pixel[2], torch.tensor([48.0, 48, 1]))
 

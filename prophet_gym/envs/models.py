@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from prophet_gym.reward.base import RewardModel
+
+if TYPE_CHECKING:
+    from prophet_gym.reward.success_classifier import SuccessClassifier
+    from prophet_gym.world_model.pipeline import ProphetPipeline
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 """The folder of the checkpoints in the wheel."""
@@ -88,11 +92,10 @@ def resolve_models(
         )
     world: Any = world_model
     if isinstance(world_model, str | Path):
-        folder = _checkpoint(world_model, "world model", "model_index.json")
-        world = _load_world_model(folder, _device(device), _dtype(dtype))
+        world = load_world_model(world_model, device, dtype)
     reward: Any = reward_model
     if isinstance(reward_model, str | Path):
-        reward = _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), _device(device))
+        reward = load_reward_model(reward_model, device)
     for model, needs in (
         (world, ("init_history", "init_state", "imagine", "chunk_size", "chunk_frames", "image_size", "action_dim")),
         (reward, ("score", "threshold")),
@@ -105,8 +108,19 @@ def resolve_models(
     return world, reward
 
 
+def load_world_model(world_model: str | Path, device: str = "auto", dtype: str = "auto") -> "ProphetPipeline":
+    """The world model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
+    folder = _checkpoint(world_model, "world model", "model_index.json")
+    return _load_world_model(folder, _device(device), _dtype(dtype))
+
+
+def load_reward_model(reward_model: str | Path, device: str = "auto") -> "SuccessClassifier":
+    """The reward model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
+    return _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), _device(device))
+
+
 @lru_cache(maxsize=4)
-def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> WorldModel:
+def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPipeline":
     from prophet_gym.world_model.pipeline import ProphetPipeline
 
     _check_weights(path)
@@ -119,7 +133,7 @@ def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> WorldModel
 
 
 @lru_cache(maxsize=4)
-def _load_reward_model(path: Path, device: str) -> RewardModel:
+def _load_reward_model(path: Path, device: str) -> "SuccessClassifier":
     from prophet_gym.reward.success_classifier import SuccessClassifier
 
     _check_weights(path)

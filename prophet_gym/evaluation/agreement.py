@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays, load_arrays
 from prophet_gym.data.instructions import embed_instructions
@@ -24,6 +23,7 @@ from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, tempor
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
 from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,12 @@ def evaluate(
         control = load_actions(dataset, "train", pipeline.chunk_frames)
         name = arrays.records[0].suite
         count = len(arrays.records) if episodes is None else min(episodes, len(arrays.records))
-        imagined, proprio_error = replay_episodes(pipeline, arrays, count, seed)
-        real = _real_clips(arrays, count, pipeline.chunk_frames)
+        chosen = torch.arange(count)
+        rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
+        clips, estimates = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
+        real, imagined = arrays.frames[rows].numpy(), clips.numpy()
+        true = arrays.proprio[rows[:, pipeline.chunk_frames :: pipeline.chunk_frames]]
+        proprio_error = 100 * (estimates - true)[..., :3].norm(dim=-1).double()  # cm, at the end of each chunk
         video, curves = video_report(pipeline, arrays, real, imagined, count, seed)
         results[name] = {
             "split": split,
@@ -88,32 +92,6 @@ def evaluate(
     temporary.write_text(json.dumps(results, indent=1))
     os.replace(temporary, report / "results.json")
     return results
-
-
-def replay_episodes(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, count: int, seed: int, batch_size: int = 32
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Imagine the first `count` episodes from their first frame and their actions, Prophet's own frames fed back.
-
-    Returns:
-        Frames uint8 (count, T + 1, H, W, 3), and the error of the estimated end-effector position in cm, float
-        (count, T / chunk_frames), at the end of each chunk.
-    """
-    steps = torch.arange(_common_length(arrays, count, pipeline.chunk_frames))
-    clips, errors = [], []
-    for rows in tqdm(torch.arange(count).split(batch_size), desc="replaying"):
-        index = arrays.starts[rows][:, None] + steps
-        clip, estimates = pipeline.replay(
-            arrays.frames[index[:, 0]],
-            arrays.proprio[index[:, 0]],
-            arrays.actions[index[:, :-1]].flatten(1, 2),
-            [arrays.records[row].suite for row in rows],
-            [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows],
-        )
-        true = arrays.proprio[index[:, pipeline.chunk_frames :: pipeline.chunk_frames]]
-        clips.append(clip)
-        errors.append(100 * (estimates - true)[..., :3].norm(dim=-1))
-    return torch.cat(clips).numpy(), torch.cat(errors).double().numpy()
 
 
 def video_report(
@@ -137,13 +115,15 @@ def video_report(
     curves: dict[str, NDArray[np.float64]] = {}
     report: dict[str, float] = {"episodes": float(count), "frames": float(real.shape[1])}
     for name, video in (("prophet", imagined), ("copy", copied), ("autoencoder", ceiling)):
-        curves[name] = _batched(psnr, video, real)[:, 1:].clamp(max=60).mean(0).numpy()
-        curves[f"{name} (moving pixels)"] = _batched(moving_psnr, video, real)[:, 1:].clamp(max=60).nanmean(0).numpy()
+        curves[name] = _one_by_one(psnr, video, real)[:, 1:].clamp(max=60).mean(0).numpy()
+        curves[f"{name} (moving pixels)"] = (
+            _one_by_one(moving_psnr, video, real)[:, 1:].clamp(max=60).nanmean(0).numpy()
+        )
         report[f"episode_psnr_{name}"] = float(curves[name].mean())
         report[f"episode_moving_psnr_{name}"] = float(np.nanmean(curves[f"{name} (moving pixels)"]))
         report[f"final_psnr_{name}"] = float(curves[name][-1])
-        report[f"episode_ssim_{name}"] = float(_batched(ssim, video, real)[:, 1:].mean())
-        report[f"episode_tssim_{name}"] = float(_batched(temporal_ssim, video, real).mean())
+        report[f"episode_ssim_{name}"] = float(_one_by_one(ssim, video, real)[:, 1:].mean())
+        report[f"episode_tssim_{name}"] = float(_one_by_one(temporal_ssim, video, real).mean())
 
     chunks = _next_chunks(pipeline, arrays, count, real.shape[1], seed)
     frames = pipeline.chunk_frames
@@ -155,12 +135,12 @@ def video_report(
         ("copy", np.repeat(present, frames + 1, axis=2)),
         ("autoencoder", ceiling),
     ):
-        report[f"next_chunk_psnr_{name}"] = float(_batched(psnr, video, target)[..., 1:].clamp(max=60).mean())
+        report[f"next_chunk_psnr_{name}"] = float(_one_by_one(psnr, video, target)[..., 1:].clamp(max=60).mean())
         report[f"next_chunk_moving_psnr_{name}"] = float(
-            _batched(moving_psnr, video, target)[..., 1:].clamp(max=60).nanmean()
+            _one_by_one(moving_psnr, video, target)[..., 1:].clamp(max=60).nanmean()
         )
-        report[f"next_chunk_ssim_{name}"] = float(_batched(ssim, video, target)[..., 1:].mean())
-        report[f"next_chunk_tssim_{name}"] = float(_batched(temporal_ssim, video, target).mean())
+        report[f"next_chunk_ssim_{name}"] = float(_one_by_one(ssim, video, target)[..., 1:].mean())
+        report[f"next_chunk_tssim_{name}"] = float(_one_by_one(temporal_ssim, video, target).mean())
     return report, curves
 
 
@@ -254,16 +234,6 @@ def _first_episodes(arrays: EpisodeArrays, count: int) -> EpisodeArrays:
     )
 
 
-def _common_length(arrays: EpisodeArrays, count: int, chunk_frames: int) -> int:
-    shortest = int(arrays.lengths[:count].min()) - 1
-    return shortest - shortest % chunk_frames + 1
-
-
-def _real_clips(arrays: EpisodeArrays, count: int, chunk_frames: int) -> NDArray[np.uint8]:
-    index = arrays.starts[:count, None] + torch.arange(_common_length(arrays, count, chunk_frames))
-    return arrays.frames[index].numpy()
-
-
 @torch.inference_mode()
 def _reconstruct(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, real: NDArray[np.uint8], batch_size: int = 4
@@ -294,7 +264,7 @@ def _next_chunks(
         shown = arrays.frames[index]
         history = pipeline.init_history(shown.flatten(0, 1))[:, -1].unflatten(0, index.shape)
         actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
-        generator = [torch.Generator().manual_seed(1_000_003 * seed + int(row)) for row in rows]
+        generator = [torch.Generator().manual_seed(noise_seed) for noise_seed in episode_seeds(rows, seed)]
         start_images, suites = arrays.frames[start].expand(len(rows), -1, -1, -1), [record.suite] * len(rows)
         chunk = pipeline.imagine(history, state, actions, start_images, suites, generator)
         chunks.append(chunk.frames)
@@ -313,15 +283,13 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     return torch.stack(states, dim=1)
 
 
-def _batched(
+def _one_by_one(
     metric: Callable[[NDArray[np.uint8], NDArray[np.uint8]], torch.Tensor],
     imagined: NDArray[np.uint8],
     real: NDArray[np.uint8],
-    batch_size: int = 1,
 ) -> torch.Tensor:
     """A metric of many videos, one at a time: in float64 a batch needs buffers that are too large to be reused."""
-    batches = range(0, len(real), batch_size)
-    return torch.cat([metric(imagined[k : k + batch_size], real[k : k + batch_size]) for k in batches])
+    return torch.cat([metric(imagined[k : k + 1], real[k : k + 1]) for k in range(len(real))])
 
 
 def _draw_curves(curves: dict[str, NDArray[np.float64]], path: Path, title: str) -> None:

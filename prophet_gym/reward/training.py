@@ -1,5 +1,6 @@
 """Training and calibration of the success classifier on real episodes with the simulator's verdicts."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ def train_success_classifier(
     learning_rate: float = 1e-3,
     seed: int = 0,
     device: str = "cpu",
-    init: str | os.PathLike[str] | None = None,
+    init: SuccessClassifier | None = None,
     max_false_success_rate: float = 0.05,
 ) -> tuple[SuccessClassifier, dict[str, float]]:
     """Train on the frames of one split, calibrate and choose the threshold on another, save to `out / reward`.
@@ -35,7 +36,7 @@ def train_success_classifier(
         train_arrays, val_arrays: episodes with frame-wise verdicts.
         out: folder; checkpoints and TensorBoard logs too. The same call resumes a killed run.
         steps, batch_size, learning_rate, seed, device: of the training.
-        init: folder of a classifier to begin from; None begins from random weights.
+        init: a classifier to begin from, which stays as it is; None begins from random weights.
         max_false_success_rate: share of failed validation episodes that the threshold lets pass at most: false
             successes are what RL exploits.
 
@@ -46,7 +47,7 @@ def train_success_classifier(
     out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classifier = SuccessClassifier() if init is None else SuccessClassifier.from_pretrained(init).float()
+        classifier = SuccessClassifier() if init is None else copy.deepcopy(init).float()
         classifier.to(device)
     loss_fn = classification_loss(classifier, train_arrays, batch_size)
     fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)

@@ -2,22 +2,27 @@
 transformer imagines; each stage can be resumed."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from numpy.typing import NDArray
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays
+from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model.action_conditioning import draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.imagination import frame_rows, replay_episodes
 from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frame_condition, frames_to_pixels
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
@@ -60,11 +65,22 @@ CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
 
 
-def camera_projection(camera: dict[str, Any]) -> list[list[float]]:
-    """Camera matrix 3 x 4, in pixels, of a data set's `intrinsics` (3 x 3) and camera-to-world `extrinsics` (4 x 4)."""
-    intrinsics = torch.tensor(camera["intrinsics"], dtype=torch.float64)
-    world_to_camera = torch.linalg.inv(torch.tensor(camera["extrinsics"], dtype=torch.float64))
-    return (intrinsics @ world_to_camera[:3]).tolist()
+def camera_projection(intrinsics: NDArray[np.float64], extrinsics: NDArray[np.float64]) -> list[list[float]]:
+    """Camera matrix 3 x 4, in pixels, of intrinsics (3, 3) and camera-to-world extrinsics (4, 4)."""
+    projection: list[list[float]] = (intrinsics @ np.linalg.inv(extrinsics)[:3]).tolist()
+    return projection
+
+
+def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[list[float]]]:
+    """The camera matrix of every suite of these data sets that has a camera."""
+    projections = {}
+    for dataset in datasets:
+        for suite in {record.suite for record in dataset.records}:
+            try:
+                projections[suite] = camera_projection(*dataset.camera(suite))
+            except KeyError:  # recorded without one
+                continue
+    return projections
 
 
 def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size: int) -> LossFn:
@@ -80,10 +96,8 @@ def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size:
         elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
         usual = torch.rand(batch_size, generator=generator) < 0.75
         reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
-        frames, references = arrays.frames[clip.rows[:, 1]], arrays.frames[reference_rows]
-        corner = _informative_corner(frames, references, generator)
-        pixels = frames_to_pixels(_crop(frames, corner, CROP)).to(vae.device)
-        reference = frames_to_pixels(_crop(references, corner, CROP)).to(vae.device)
+        _, pixels, reference = _informative_crops(arrays, clip.rows[:, 1], reference_rows, generator)
+        pixels, reference = pixels.to(vae.device), reference.to(vae.device)
         latents = vae.encode(pixels)
         level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
         noise = (level * torch.randn(latents.shape, generator=generator)).to(latents)
@@ -106,10 +120,8 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: tor
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
         rows = clip.rows[:, 1]
-        frames, references = arrays.frames[rows], arrays.frames[clip.first_rows]
-        corner = _informative_corner(frames, references, generator)
-        pixels = frames_to_pixels(_crop(frames, corner, CROP)).to(vae.device)
-        reference = frames_to_pixels(_crop(references, corner, CROP)).to(vae.device)
+        corner, pixels, reference = _informative_crops(arrays, rows, clip.first_rows, generator)
+        pixels, reference = pixels.to(vae.device), reference.to(vae.device)
         latents = _crop(imagined[rows].movedim(1, -1), corner // 8, CROP // 8).movedim(-1, 1)
         drawn = draw_action_frames(arrays.proprio[rows][:, None], projections[clip.episodes], pipeline.image_size)
         drawn = _crop(drawn[:, 0].movedim(1, -1), corner // 2, CROP // 2).movedim(-1, 1)
@@ -129,6 +141,16 @@ def _pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, reference: torch.Te
     weight = 1 + 4 * ((pixels - reference).abs().amax(1, keepdim=True) > 0.1)
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return 10 * (weight * error.square()).mean() + edges
+
+
+def _informative_crops(
+    arrays: EpisodeArrays, rows: torch.Tensor, reference_rows: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One window of each frame and of its reference: corner (N, 2), pixels and reference (N, 3, CROP, CROP)."""
+    frames, references = arrays.frames[rows], arrays.frames[reference_rows]
+    corner = _informative_corner(frames, references, generator)
+    pixels, reference = (frames_to_pixels(_crop(images, corner, CROP)) for images in (frames, references))
+    return corner, pixels, reference
 
 
 def _informative_corner(frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -214,19 +236,14 @@ def transformer_loss(
         for chunk in range(chunks):
             present = recent - 1 + chunk * chunk_frames
             before = clip.rows[:, present : present + chunk_frames]
-            after = clip.rows[:, present + 1 : present + 1 + chunk_frames]
-            clean = latents[after].float().to(device)
-            poses = arrays.proprio[after].to(device)
-            condition = frame_condition(
-                pipeline.proprioception, arrays.proprio[before].to(device), poses, arrays.actions[before].to(device)
-            )
+            clean = latents[before + 1].float().to(device)
+            condition, action_frames = _observed_condition(pipeline, arrays, before, projection)
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
             pure = torch.rand(batch_size, generator=generator) < 0.7
             sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            action_frames = draw_action_frames(poses, projection, pipeline.image_size)
             velocity = transformer(sample, sigma, history, condition, action_frames)
             predicted = sample - level * velocity
             moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
@@ -238,6 +255,21 @@ def transformer_loss(
         return torch.stack(losses).mean(), logs
 
     return loss_fn
+
+
+def _observed_condition(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, before: torch.Tensor, projection: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditions and action frames, as `ProphetPipeline.condition`, of the steps from rows `before` (B, F) to the next
+    ones, from the true proprioception."""
+    poses = arrays.proprio[before + 1].to(pipeline.device)
+    condition = frame_condition(
+        pipeline.proprioception,
+        arrays.proprio[before].to(pipeline.device),
+        poses,
+        arrays.actions[before].to(pipeline.device),
+    )
+    return condition, draw_action_frames(poses, projection, pipeline.image_size)
 
 
 @torch.inference_mode()
@@ -270,12 +302,8 @@ def imagine_latents(
         history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
         for chunk in range(chunks):
             before = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames)
-            poses = arrays.proprio[before + 1].to(device)
-            condition = frame_condition(
-                pipeline.proprioception, arrays.proprio[before].to(device), poses, arrays.actions[before].to(device)
-            )
+            condition, action_frames = _observed_condition(pipeline, arrays, before, projection)
             noise = torch.randn(before.shape + latents.shape[1:], generator=generator).to(device)
-            action_frames = draw_action_frames(poses, projection, pipeline.image_size)
             clean = noise - pipeline.transformer(noise, noise.new_ones(len(starts)), history, condition, action_frames)
             history = advance_history(history, clean)
             imagined[before + 1] = clean.half().cpu()
@@ -309,14 +337,9 @@ def _validate(
 ) -> None:
     """Replay 16 validation episodes open loop; log PSNR by horizon and write a video, real above imagined."""
     chosen = torch.linspace(0, len(arrays.starts) - 1, min(16, len(arrays.starts))).long()
-    starts, length = arrays.starts[chosen], int(arrays.lengths[chosen].min()) - 1
-    length -= length % pipeline.chunk_frames
-    index = starts[:, None] + torch.arange(length + 1)
-    actions = arrays.actions[index[:, :-1]].flatten(1, 2)
-    generator = [torch.Generator().manual_seed(k) for k in range(len(starts))]
-    suites = [arrays.records[episode].suite for episode in chosen]
-    imagined, _ = pipeline.replay(arrays.frames[starts], arrays.proprio[starts], actions, suites, generator)
-    real = arrays.frames[index]
+    imagined, _ = replay_episodes(pipeline, arrays, chosen, range(len(chosen)))
+    real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]
+    length = real.shape[1] - 1
     error = (imagined.float() - real.float()) / 127.5
     for frame in (pipeline.chunk_frames, 10, 20, length):
         if frame <= length:
