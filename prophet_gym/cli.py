@@ -8,7 +8,19 @@ from collections.abc import Sequence
 def _record(arguments: argparse.Namespace) -> None:
     from prophet_gym.simulators.recording import record
 
-    record(arguments.suite, arguments.episodes, arguments.out, seed=arguments.seed, workers=arguments.workers)
+    policy = None
+    if arguments.policy is not None:
+        from fagrpo import FlowPolicy
+
+        policy = FlowPolicy.from_safetensors(arguments.policy)
+    record(
+        arguments.suite,
+        arguments.episodes,
+        arguments.out,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        policy=policy,
+    )
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -80,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
+    record.add_argument("--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts")
     record.set_defaults(run=_record)
 
     train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")

@@ -54,12 +54,12 @@ class FakeWorldModel:
         state: torch.Tensor,
         actions: torch.Tensor,
         *,
-        start_images: NDArray[np.uint8],
+        images: NDArray[np.uint8],
         suites: Sequence[str],
         generator: list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
     ) -> SimpleNamespace:
-        assert generator is not None and len(start_images) == len(suites) == len(actions)
+        assert generator is not None and len(images) == len(suites) == len(actions)
         noise = torch.stack([torch.randn(2, 4, 4, 3, generator=one, dtype=torch.float64) for one in generator])
         drift = 40 * (actions[:, ::4, None, None, :3].double() + 0.1 * noise)
         latents = (history + drift.cumsum(dim=1)) % 256

@@ -1,5 +1,6 @@
 """The world model: shapes, conditioning, streams of randomness, saving, and a short training that resumes exactly."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays, concatenate, subset
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.training import fit
 from prophet_gym.world_model import (
@@ -18,16 +19,16 @@ from prophet_gym.world_model import (
     ProphetTransformer3DModel,
     ProprioceptionModel,
 )
-from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames, look_around
 from prophet_gym.world_model.imagination import imagine_episodes
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
-    _crop,
-    _informative_corner,
+    _Window,
     autoencoder_loss,
     camera_projection,
+    contact_weights,
     decoder_loss,
-    imagine_latents,
+    imagine_training_episodes,
     proprioception_loss,
     train,
     transformer_loss,
@@ -45,6 +46,11 @@ def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
     proprio = 0.1 * torch.randn(batch, 8, generator=generator)
     actions = 2 * torch.rand(batch, 8, 7, generator=generator) - 1
     return images, proprio, actions
+
+
+def twice(images: torch.Tensor) -> torch.Tensor:
+    """The first and the latest frame, at an episode's beginning."""
+    return torch.stack([images, images], dim=1)
 
 
 SUITES = ["libero_object", "libero_object", "of another camera", "libero_object", "libero_object"]
@@ -81,21 +87,22 @@ def episodes(count: int, length: int = 9, seed: int = 0) -> EpisodeArrays:
     )
 
 
-def test_the_autoencoder_keeps_what_stands_still() -> None:
-    """A decoder that wants the reference everywhere returns it, whatever the latents are."""
+def test_the_autoencoder_keeps_what_stands_still_and_what_is_carried() -> None:
+    """A decoder that wants the reference, or the carried frame, everywhere returns it, whatever the latents are."""
     vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
     torch.nn.init.zeros_(vae.to_pixels[1].weight)
-    torch.nn.init.zeros_(vae.to_pixels[1].bias)
-    vae.to_pixels[1].bias.data[12:] = 20.0
-    reference = torch.rand(2, 3, 48, 48) * 2 - 1
-    pixels = vae.decode(torch.randn(2, 3, 4, 6, 6), reference)
-    torch.testing.assert_close(pixels, reference[:, None].expand(-1, 3, -1, -1, -1))
+    reference, carried = torch.rand(2, 3, 48, 48) * 2 - 1, torch.rand(2, 3, 3, 48, 48) * 2 - 1
+    for choice, expected in ((12, reference[:, None].expand(-1, 3, -1, -1, -1)), (16, carried)):
+        torch.nn.init.zeros_(vae.to_pixels[1].bias)
+        vae.to_pixels[1].bias.data[choice : choice + 4] = 20.0
+        pixels = vae.decode(torch.randn(2, 3, 4, 6, 6), reference, carried)
+        torch.testing.assert_close(pixels, expected)
 
 
 def test_a_chunk_has_the_promised_shapes_and_types(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(3)
     history, state = pipeline.init_history(images), pipeline.init_state(proprio)
-    chunk = pipeline.imagine(history, state, actions, images, SUITES[:3], generators(3))
+    chunk = pipeline.imagine(history, state, actions, twice(images), SUITES[:3], generators(3))
     assert chunk.frames.shape == (3, 2, 96, 96, 3) and chunk.frames.dtype == torch.uint8
     assert chunk.history.shape == history.shape
     assert chunk.state.shape == state.shape and chunk.state.dtype == torch.float32
@@ -105,9 +112,11 @@ def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(2)
     history = pipeline.init_history(images)
     one = pipeline.imagine(
-        history, pipeline.init_state(proprio), actions, images, SUITES[: len(images)], generators(2)
+        history, pipeline.init_state(proprio), actions, twice(images), SUITES[: len(images)], generators(2)
     ).history
-    other = pipeline.imagine(history, pipeline.init_state(proprio), -actions, images, SUITES[:2], generators(2)).history
+    other = pipeline.imagine(
+        history, pipeline.init_state(proprio), -actions, twice(images), SUITES[:2], generators(2)
+    ).history
     assert (one - other).abs().max() > 1e-4
 
 
@@ -118,14 +127,14 @@ def test_a_row_does_not_depend_on_its_neighbours(pipeline: ProphetPipeline, batc
     images, proprio, actions = inputs(batch)
     history = pipeline.init_history(images)
     together = pipeline.imagine(
-        history, pipeline.init_state(proprio), actions, images, SUITES[:batch], generators(batch), steps
+        history, pipeline.init_state(proprio), actions, twice(images), SUITES[:batch], generators(batch), steps
     )
     one = slice(row, row + 1)
     alone = pipeline.imagine(
         history[one],
         pipeline.init_state(proprio[one]),
         actions[one],
-        images[one],
+        twice(images)[one],
         SUITES[one],
         generators(batch)[one],
         steps,
@@ -140,9 +149,10 @@ def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
     clip, estimates = pipeline.replay(images, proprio, torch.cat([actions, -actions], dim=1), suites, generators(2))
     noise = generators(2)
     first = pipeline.imagine(
-        pipeline.init_history(images), pipeline.init_state(proprio), actions, images, suites, noise
+        pipeline.init_history(images), pipeline.init_state(proprio), actions, twice(images), suites, noise
     )
-    second = pipeline.imagine(first.history, first.state, -actions, images, suites, noise)
+    latest = torch.stack([images, first.frames[:, -1]], dim=1)
+    second = pipeline.imagine(first.history, first.state, -actions, latest, suites, noise)
     assert torch.equal(estimates, torch.stack([first.state[:, :8], second.state[:, :8]], dim=1))
     assert torch.equal(clip, torch.cat([images[:, None], first.frames, second.frames], dim=1))
 
@@ -155,7 +165,7 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
     for one, other in zip(
         *(
             one.imagine(
-                one.init_history(images), one.init_state(proprio), actions, images, SUITES[:2], generators(2)
+                one.init_history(images), one.init_state(proprio), actions, twice(images), SUITES[:2], generators(2)
             ).values()
             for one in (pipeline, loaded)
         ),
@@ -167,14 +177,20 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("history", (2, 3, 4, 11, 12)), ("state", (2, 8)), ("actions", (2, 8, 6)), ("actions", (3, 8, 7))],
+    [
+        ("history", (2, 3, 4, 11, 12)),
+        ("state", (2, 8)),
+        ("actions", (2, 8, 6)),
+        ("actions", (3, 8, 7)),
+        ("images", (2, 96, 96, 3)),
+    ],
 )
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "state": torch.zeros(2, 24),
+        "state": torch.zeros(2, 32),
         "actions": torch.zeros(2, 8, 7),
-        "start_images": torch.zeros(2, 96, 96, 3, dtype=torch.uint8),
+        "images": torch.zeros(2, 2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
     }
     values[name] = torch.zeros(shape)
@@ -190,9 +206,9 @@ def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
     with pytest.raises(ValueError, match=r"proprio of shape \(B, 8\), got \(1, 7\)"):
         pipeline.init_state(proprio[:, :7])
     with pytest.raises(ValueError, match="at least 1"):
-        pipeline.imagine(history, pipeline.init_state(proprio), actions, images, SUITES[:1], num_inference_steps=0)
+        pipeline.imagine(history, pipeline.init_state(proprio), actions, twice(images), SUITES[:1], None, 0)
     with pytest.raises(ValueError, match="one suite per episode, 1 in all"):
-        pipeline.imagine(history, pipeline.init_state(proprio), actions, images, "libero_object")
+        pipeline.imagine(history, pipeline.init_state(proprio), actions, twice(images), "libero_object")
     with pytest.raises(ValueError, match="multiple of 8"):
         pipeline.replay(images, proprio, torch.zeros(1, 9, 7), SUITES[:1])
     with pytest.raises(ValueError, match="multiples of 8"):
@@ -214,16 +230,35 @@ def test_frames_and_pixels_are_inverse(level: int) -> None:
     assert torch.equal(pixels_to_frames(frames_to_pixels(frames)), frames)
 
 
+TINY = dict(
+    latent_channels=4,
+    conv_channels=8,
+    conv_blocks=(1, 1),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    num_layers=2,
+    adaln_lora_dim=8,
+)
+
+
+def transformer_inputs(sigma: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "sample": torch.randn(2, 2, 4, 12, 12),
+        "sigma": sigma,
+        "history": torch.randn(2, 1, 4, 12, 12).repeat(1, 3, 1, 1, 1),
+        "condition": torch.randn(2, 2, 44),
+        "action_frames": torch.rand(2, 3, 3, 48, 48),
+        "displacement": torch.zeros(2, 2, 2),
+    }
+
+
 def test_an_untrained_transformer_predicts_a_still() -> None:
-    """The output layer starts at zero, so the clean chunk is the last history frame, at any noise level."""
-    transformer = ProphetTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, num_layers=1, adaln_lora_dim=8
-    )
-    sample, history = torch.randn(2, 2, 16, 12, 12), torch.randn(2, 3, 16, 12, 12)
+    """The output layer starts at zero, so what stood still and is not carried stays, at any noise level."""
+    transformer = ProphetTransformer3DModel(**TINY)
     sigma = torch.tensor([1.0, 0.3])
-    velocity = transformer(sample, sigma, history, torch.randn(2, 2, 44), torch.rand(2, 2, 3, 48, 48))
-    clean = sample - sigma[:, None, None, None, None] * velocity
-    torch.testing.assert_close(clean, history[:, -1:].expand_as(clean), atol=1e-5, rtol=1e-5)
+    inputs = transformer_inputs(sigma)
+    clean = inputs["sample"] - sigma[:, None, None, None, None] * transformer(**inputs)
+    torch.testing.assert_close(clean, inputs["history"][:, -1:].expand_as(clean), atol=1e-5, rtol=1e-5)
 
 
 def test_leaving_out_the_text_changes_nothing() -> None:
@@ -238,7 +273,7 @@ def test_leaving_out_the_text_changes_nothing() -> None:
 
 
 def test_the_config_is_what_the_constructor_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1)
+    transformer = ProphetTransformer3DModel(**TINY)
     transformer.save_pretrained(tmp_path)
     ProphetTransformer3DModel.from_pretrained(tmp_path)
     assert "not expected" not in caplog.text
@@ -266,14 +301,17 @@ def test_frame_condition_puts_actions_first() -> None:
     assert torch.equal(condition[0, 0].unique(), torch.tensor([0.0, 0.5, 1.0]))
 
 
-def test_crops_contain_what_moves() -> None:
+def test_windows_contain_what_moves() -> None:
     arrays = episodes(4)
-    frames = arrays.frames[arrays.starts + 5]
-    still = torch.full_like(frames, 40)
-    corners = [_informative_corner(frames, still, torch.Generator().manual_seed(k)) for k in range(20)]
-    crops = torch.cat([_crop(frames, corner, 48) for corner in corners])
-    assert crops.shape == (80, 48, 48, 3)
-    assert (crops[..., 0] == 220).flatten(1).any(1).float().mean() > 0.7
+    rows = arrays.starts + 5
+    arrays.frames[arrays.starts] = 40
+    windows = [_Window.choose(arrays, rows, arrays.starts, torch.Generator().manual_seed(k)) for k in range(20)]
+    crops = torch.cat([window.pixels(arrays.frames[rows]) for window in windows])
+    assert crops.shape == (80, 3, 48, 48)
+    assert (crops[:, 0] > 0.7).flatten(1).any(1).float().mean() > 0.7
+    row, column = windows[0].corner[1].tolist()
+    expected = frames_to_pixels(arrays.frames[rows[1], row : row + 48, column : column + 48])
+    assert torch.equal(windows[0].pixels(arrays.frames[rows])[1], expected)
 
 
 def test_every_stage_learns(tmp_path: Path) -> None:
@@ -282,10 +320,9 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
     proprioception = ProprioceptionModel(hidden_dim=32)
     proprioception.delta_std.fill_(0.1)
-    transformer = ProphetTransformer3DModel(
-        latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, adaln_lora_dim=8
-    )
+    transformer = ProphetTransformer3DModel(**TINY)
     whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
+    cameras = torch.zeros(16, 3, 4)
 
     def improvement(module: torch.nn.Module, loss_fn: object, steps: int, rate: float) -> float:
         def loss() -> float:
@@ -297,17 +334,21 @@ def test_every_stage_learns(tmp_path: Path) -> None:
         fit(stage, module, loss_fn, tmp_path, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)  # type: ignore[arg-type]
         return loss() / before
 
-    assert improvement(vae, autoencoder_loss(vae, arrays, 8), 60, 5e-3) < 0.6
-    assert improvement(proprioception, proprioception_loss(proprioception, arrays, 64), 150, 1e-2) < 0.5
+    assert improvement(vae, autoencoder_loss(vae, arrays, cameras, 8), 60, 5e-3) < 0.6
+    assert improvement(proprioception, proprioception_loss(proprioception, arrays, cameras, 64), 150, 1e-2) < 0.5
     with torch.inference_mode():
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
-    loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9)
-    assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
-    imagined = imagine_latents(whole, arrays, latents, seed=0)
-    assert torch.equal(imagined[arrays.starts], latents[arrays.starts]) and not torch.equal(imagined, latents)
     vae.encoder.requires_grad_(False)
     encoder = [weight.clone() for weight in vae.encoder.parameters()]
+    loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9)
+    assert improvement(transformer, loss_fn, 80, 5e-3) < 0.8
+    imagined = imagine_training_episodes(whole, arrays, latents, seed=0)
+    assert torch.equal(imagined.frames[arrays.starts], arrays.frames[arrays.starts])
+    assert not torch.equal(imagined.frames, arrays.frames) and not torch.equal(imagined.history, latents)
+    shutil.rmtree(tmp_path / "transformer")
     assert improvement(vae, decoder_loss(whole, arrays, imagined, 8), 60, 5e-3) < 0.9
+    loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9, imagined=imagined)
+    assert improvement(transformer, loss_fn, 60, 5e-3) < 1
     assert all(torch.equal(one, other) for one, other in zip(encoder, vae.encoder.parameters(), strict=True))
 
 
@@ -317,7 +358,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     def run(out: Path, stop_at: int | None) -> ProprioceptionModel:
         torch.manual_seed(0)
         model = ProprioceptionModel(hidden_dim=8)
-        loss_fn = proprioception_loss(model, arrays, 8)
+        loss_fn = proprioception_loss(model, arrays, torch.zeros(4, 3, 4), 8)
 
         def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
             if step == stop_at:
@@ -371,8 +412,55 @@ def test_the_camera_matrix_inverts_the_extrinsics() -> None:
 
 
 def test_an_untrained_action_frame_stream_changes_nothing() -> None:
-    transformer = ProphetTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1)
-    torch.nn.init.normal_(transformer.proj_out.weight)
-    arguments = torch.randn(1, 2, 16, 12, 12), torch.ones(1), torch.randn(1, 3, 16, 12, 12), torch.randn(1, 2, 44)
-    with_frames = transformer(*arguments, torch.rand(1, 2, 3, 48, 48))
-    assert torch.equal(with_frames, transformer(*arguments, torch.zeros(1, 2, 3, 48, 48)))
+    transformer = ProphetTransformer3DModel(**TINY)
+    torch.nn.init.normal_(transformer.video_out.weight)
+    inputs = transformer_inputs(torch.ones(2))
+    black = inputs | {"action_frames": torch.zeros(2, 3, 3, 48, 48)}
+    assert torch.equal(transformer(**inputs), transformer(**black))
+
+
+CAMERA = torch.tensor([[[100.0, 0, 48, 0], [0, 100, 48, 0], [0, 0, 1, 0]]])
+
+
+def test_what_the_hand_carries_moves_as_the_hand_does() -> None:
+    """A bright pixel where the hand is seen is, in the carried image, where the hand is seen later."""
+    before, after = torch.tensor([[0.1, -0.2, 1.0]]), torch.tensor([[[0.2, -0.1, 1.0], [0.1, -0.2, 2.0]]])
+    shift = displacement(before, after, CAMERA)
+    torch.testing.assert_close(shift, torch.tensor([[[10.0, 10.0], [-5.0, 10.0]]]))
+    image = torch.zeros(1, 3, 96, 96)
+    image[..., 28, 58] = 1.0
+    carried = carry(image, shift)
+    assert carried.shape == (1, 2, 3, 96, 96)
+    torch.testing.assert_close(carried[0, 0, :, 38, 68], torch.ones(3))
+    torch.testing.assert_close(carried[0, 1, :, 38, 53], torch.ones(3))
+    assert not displacement(before, after, torch.zeros(1, 3, 4)).any()
+
+
+def test_looking_around_shows_what_is_at_the_hand() -> None:
+    image = torch.zeros(2, 3, 96, 96)
+    image[..., 27:29, 57:59] = 1.0
+    position = torch.tensor([[0.1, -0.2, 1.0], [0.1, -0.2, 1.0]])
+    crops = look_around(image, position, torch.cat([CAMERA, torch.zeros(1, 3, 4)]), 8)
+    assert crops.shape == (2, 3, 8, 8) and not crops[1].any()
+    row, column = divmod(int(crops[0, 0].argmax()), 8)
+    assert row in (3, 4) and column in (3, 4)
+
+
+def test_frames_around_a_movement_of_the_fingers_are_drawn_more_often() -> None:
+    arrays = episodes(2, length=20)
+    arrays.proprio[10:, 6] = 0.04
+    weights = contact_weights(arrays)
+    assert weights[7:14].eq(4).all() and weights[:7].eq(1).all() and weights[14:].eq(1).all()
+    sampler = ClipSampler(arrays, 1, 2, 2000, torch.Generator().manual_seed(0), weights)
+    drawn = next(sampler).rows[:, 0].bincount(minlength=40)
+    assert not drawn[[18, 19, 38, 39]].any()  # two frames must follow
+    assert 2.5 < drawn[7:14].float().mean() / drawn[20:38].float().mean() < 6
+
+
+def test_a_subset_keeps_whole_episodes() -> None:
+    arrays = episodes(6, length=9)
+    some, rows = subset(arrays, 4, seed=1)
+    assert len(some.records) == len(some.starts) == 4 and torch.equal(arrays.frames[rows], some.frames)
+    for k, record in enumerate(some.records):
+        first = arrays.starts[record.episode_index]
+        assert torch.equal(rows[some.starts[k] : some.starts[k] + 9], first + torch.arange(9))

@@ -112,6 +112,22 @@ def concatenate(parts: Sequence[EpisodeArrays]) -> EpisodeArrays:
     )
 
 
+def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays, Tensor]:
+    """At most ``count`` episodes, drawn without replacement, and the rows of ``arrays`` that are theirs, int64 (M,)."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(arrays.starts), generator=generator)[:count].sort().values
+    lengths = arrays.lengths[chosen]
+    starts = lengths.cumsum(0) - lengths
+    rows = torch.arange(int(lengths.sum())) + torch.repeat_interleave(arrays.starts[chosen] - starts, lengths)
+    some = EpisodeArrays(
+        **{name: getattr(arrays, name)[rows] for name in ("frames", "proprio", "actions", "success")},
+        starts=starts,
+        lengths=lengths,
+        records=tuple(arrays.records[episode] for episode in chosen),
+    )
+    return some, rows
+
+
 @dataclass(frozen=True, eq=False)
 class ClipIndices:
     """A batch of windows, as rows of an :class:`EpisodeArrays`.
@@ -129,7 +145,7 @@ class ClipIndices:
 
 
 class ClipSampler(Iterator[ClipIndices]):
-    """Draws windows for ever, uniformly and with replacement over all frames that have ``horizon`` frames after them.
+    """Draws windows for ever, with replacement over all frames that have ``horizon`` frames after them.
 
     Everything random comes from ``generator``: a sampler restored by :meth:`load_state_dict` continues exactly::
 
@@ -137,16 +153,25 @@ class ClipSampler(Iterator[ClipIndices]):
         clip = next(sampler)
         frames = arrays.frames[clip.rows]
 
+    ``num_windows`` is how many different windows there are.
+
     :param arrays: the episodes.
     :param history: frames up to and including the present one, >= 1.
     :param horizon: frames to predict, >= 1. Episodes with no more frames than that are never drawn.
     :param batch_size: windows per batch, >= 1.
     :param generator: a CPU generator; advanced at each batch.
+    :param weights: float (N,), how often each frame is drawn as the present, relative to the others; None: uniformly.
     :raises ValueError: a number is below 1, or every episode is too short.
     """
 
     def __init__(
-        self, arrays: EpisodeArrays, history: int, horizon: int, batch_size: int, generator: torch.Generator
+        self,
+        arrays: EpisodeArrays,
+        history: int,
+        horizon: int,
+        batch_size: int,
+        generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> None:
         for name, number in (("history", history), ("horizon", horizon), ("batch_size", batch_size)):
             if number < 1:
@@ -154,25 +179,23 @@ class ClipSampler(Iterator[ClipIndices]):
         self.history, self.horizon, self.batch_size = history, horizon, batch_size
         self.generator = generator
         self._starts = arrays.starts
-        self._ends = (arrays.lengths - horizon).clamp(min=0).cumsum(0)
-        if not self._ends[-1]:
+        rest = torch.repeat_interleave(arrays.starts + arrays.lengths, arrays.lengths) - torch.arange(
+            len(arrays.frames)
+        )
+        valid = rest > horizon
+        self.num_windows = int(valid.sum())
+        if not self.num_windows:
             raise ValueError(
                 f"No episode has more than horizon = {horizon} frames, the longest has {int(arrays.lengths.max())}."
             )
+        self._cumulated = (valid if weights is None else valid * weights.double()).cumsum(0, dtype=torch.float64)
         self._offsets = torch.arange(1 - history, horizon + 1)
 
-    @property
-    def num_windows(self) -> int:
-        """How many different windows there are."""
-        return int(self._ends[-1])
-
     def __next__(self) -> ClipIndices:
-        drawn = torch.randint(self.num_windows, (self.batch_size,), generator=self.generator)
-        episodes = torch.searchsorted(self._ends, drawn, right=True)
+        drawn = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64) * self._cumulated[-1]
+        present = torch.searchsorted(self._cumulated, drawn, right=True)  # (B,)
+        episodes = torch.searchsorted(self._starts, present, right=True) - 1
         first_rows = self._starts[episodes]
-        # Windows are counted through all episodes; those of earlier episodes end where this one's begin.
-        before = torch.where(episodes > 0, self._ends[episodes - 1], 0)
-        present = first_rows + drawn - before  # (B,)
         rows = (present[:, None] + self._offsets).maximum(first_rows[:, None])  # (B, history + horizon)
         return ClipIndices(rows=rows, first_rows=first_rows, episodes=episodes)
 

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,14 @@ PROPRIO_BOUND = 10.0
 ORIENTATIONS = ("upright", "upside_down", "mirrored", "rotated_180")
 ACTION_TOLERANCE = 1e-6
 """Actions may leave [-1, 1] by at most this much (rounding)."""
+
+
+class Policy(Protocol):
+    """Anything with Stable-Baselines3's `predict`."""
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[NDArray[np.float32], Any]:
+        """Map batched observations to batched actions (B, chunk, 7)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

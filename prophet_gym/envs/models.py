@@ -61,14 +61,14 @@ class WorldModel(Protocol):
         state: torch.Tensor,
         actions: torch.Tensor,
         *,
-        start_images: NDArray[np.uint8],
+        images: NDArray[np.uint8],
         suites: Sequence[str],
         generator: list[torch.Generator] | None,
         num_inference_steps: int | None,
     ) -> Imagined:
         """What happens during one chunk of actions float32 (B, chunk_size, action_dim).
 
-        :param start_images: uint8 (B, H, W, 3), the first frames of these episodes.
+        :param images: uint8 (B, 2, H, W, 3), the first and the latest frames of these episodes.
         :param suites: B names, by which a world model knows the cameras.
         """
 

@@ -350,7 +350,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             self._history[index],
             self._state[index],
             torch.from_numpy(actions).to(device),
-            start_images=self._clips[rows, 0],
+            images=self._clips[rows[:, None], np.stack([np.zeros_like(rows), self._lengths[rows] - 1], axis=1)],
             # A user's own start is taken to be seen through the camera of the suite the env was made for.
             suites=[self.suite if start.suite == USER_SUITE else start.suite for start in self._starts_of(rows)],
             generator=[self._noise[i] for i in rows.tolist()],

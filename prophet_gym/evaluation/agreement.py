@@ -245,7 +245,7 @@ def _reconstruct(
     for rows in torch.arange(len(real)).split(batch_size):
         pixels = frames_to_pixels(torch.from_numpy(real)[rows]).to(pipeline.device)
         drawn = draw_action_frames(poses[rows], projections[rows], pipeline.image_size).to(pipeline.device)
-        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], drawn)).cpu())
+        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], action_frames=drawn)).cpu())
     return torch.cat(clips).numpy()
 
 
@@ -265,8 +265,8 @@ def _next_chunks(
         history = pipeline.init_history(shown.flatten(0, 1))[:, -1].unflatten(0, index.shape)
         actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
         generator = [torch.Generator().manual_seed(noise_seed) for noise_seed in episode_seeds(rows, seed)]
-        start_images, suites = arrays.frames[start].expand(len(rows), -1, -1, -1), [record.suite] * len(rows)
-        chunk = pipeline.imagine(history, state, actions, start_images, suites, generator)
+        images = arrays.frames[torch.stack([start.expand(len(rows)), rows], dim=1)]
+        chunk = pipeline.imagine(history, state, actions, images, [record.suite] * len(rows), generator)
         chunks.append(chunk.frames)
     return torch.stack(chunks).numpy()
 
@@ -276,9 +276,12 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     """Prophet's state at every frame of an episode whose true proprioception it sees: float32 (count, length, S)."""
     index = arrays.starts[:count, None] + torch.arange(length)
     proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
+    projection = pipeline.projection([record.suite for record in arrays.records[:count]]).to(pipeline.device)
+    start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
     states = [pipeline.init_state(proprio[:, 0])]
     for frame in range(1, length):
-        state = pipeline.proprioception(states[-1], actions[:, frame - 1])
+        latest = frames_to_pixels(arrays.frames[index[:, frame - 1]]).to(pipeline.device)
+        state = pipeline.proprioception(states[-1], actions[:, frame - 1], start, latest, projection)
         states.append(torch.cat([proprio[:, frame], state[:, proprio.shape[2] :]], dim=1))
     return torch.stack(states, dim=1)
 

@@ -4,21 +4,14 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from prophet_gym.data.episode import Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
-
-
-class Policy(Protocol):
-    """Anything with Stable-Baselines3's `predict`."""
-
-    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[NDArray[np.float32], Any]:
-        """Map batched observations to batched actions (B, chunk, 7)."""
-        ...
 
 
 @dataclass(frozen=True)

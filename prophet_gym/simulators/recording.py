@@ -1,7 +1,8 @@
-"""Record data sets of scripted episodes in the real simulator: successes, honest failures and counterfactuals.
+"""Record data sets in the real simulator: scripted successes, honest failures and counterfactuals, or rollouts of a
+policy.
 
-Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and its actions never depend
-on whether the object was grasped: else a judge could read the outcome off the actions.
+Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and a script's actions never
+depend on whether the object was grasped: else a judge could read the outcome off the actions.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import SPLITS, Episode
+from prophet_gym.data.episode import SPLITS, Episode, Policy
+from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import LeRobotWriter
-from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, PickAndPlace
+from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, ActionNoise, PickAndPlace
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
 CONTROL_STEPS = 160
+CHUNK_SIZE = 8
 FRAME_STRIDE = 4
 FPS = 5
 IMAGE_SIZE = 96
@@ -34,6 +37,7 @@ COUNTERFACTUALS = ("shifted", "elsewhere")
 """Where a counterfactual episode's actions come from: the same start with the objects shifted by up to 2 cm (it may
 well succeed), or another, jittered start of the same task and split (it rarely does)."""
 SHIFTED_DISTANCE = 0.02  # m
+POLICY_NOISE = 0.2  # a policy's actions get AR(1) noise of up to this sigma, in action units, one draw per episode
 JITTER_SHARE = 0.5  # of the training episodes
 JITTER_DISTANCE = 0.03  # m
 
@@ -47,7 +51,7 @@ class EpisodePlan:
         task: index of the task in the suite.
         split: ``"train"``, ``"val"`` or ``"test"``.
         init_state: official initial state it begins from.
-        recipe: name of a noise recipe, or one of ``COUNTERFACTUALS``.
+        recipe: name of a noise recipe, one of ``COUNTERFACTUALS``, or ``"policy"``.
         jitter: whether objects are shifted and the arm displaced before the first frame.
         seed: seed of the episode's random stream.
     """
@@ -62,14 +66,17 @@ class EpisodePlan:
 
     @property
     def kind(self) -> str:
-        """The data set's name for this recipe: ``"clean"``, ``"noisy"`` or ``"counterfactual"``."""
+        """The data set's name for this recipe: one of ``KINDS``."""
         if self.recipe in COUNTERFACTUALS:
             return "counterfactual"
-        return "clean" if self.recipe == "clean" else "noisy"
+        return self.recipe if self.recipe in ("clean", "policy") else "noisy"
 
 
-def plan_episodes(suite: str, episodes: int, seed: int) -> list[EpisodePlan]:
-    """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests."""
+def plan_episodes(suite: str, episodes: int, seed: int, policy: bool = False) -> list[EpisodePlan]:
+    """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests.
+
+    With `policy`, a policy acts in all of them.
+    """
     shares, tasks = NOISE_SHARES[suite], EXPERT_TASKS[suite]
     plans = []
     for index in range(episodes):
@@ -79,13 +86,21 @@ def plan_episodes(suite: str, episodes: int, seed: int) -> list[EpisodePlan]:
         recipe = str(rng.choice(list(shares), p=list(shares.values())))
         if rng.uniform() < COUNTERFACTUAL_SHARE:
             recipe = str(rng.choice(COUNTERFACTUALS))
+        recipe = "policy" if policy else recipe
         jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE and recipe != "shifted")
         init_state = int(rng.choice(SPLITS[split]))
         plans.append(EpisodePlan(index, tasks[index % len(tasks)], split, init_state, recipe, jitter, episode_seed))
     return plans
 
 
-def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0, workers: int | None = None) -> Path:
+def record(
+    suite: str,
+    episodes: int,
+    out: str | os.PathLike[str],
+    seed: int = 0,
+    workers: int | None = None,
+    policy: Policy | None = None,
+) -> Path:
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
     Args:
@@ -94,6 +109,7 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
         out: folder of the data set.
         seed: seed of the whole recording.
         workers: processes; None is one per core. Each needs up to 2.5 GB.
+        policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
 
     Returns:
         the folder of the finished data set.
@@ -109,13 +125,13 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    plans = plan_episodes(suite, episodes, seed)
+    plans = plan_episodes(suite, episodes, seed, policy is not None)
     spawn = get_context("spawn")
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
         by_task = [[plan for plan in plans if plan.task == task] for task in EXPERT_TASKS[suite]]
-        jobs = [pool.submit(_record_task, suite, root, some) for some in by_task if some]
+        jobs = [pool.submit(_record_task, suite, root, some, policy) for some in by_task if some]
         while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
             try:
                 written.get(timeout=1.0)
@@ -130,17 +146,25 @@ def record(suite: str, episodes: int, out: str | os.PathLike[str], seed: int = 0
     return root
 
 
-def record_episode(simulation: LiberoSimulation, plan: EpisodePlan) -> Episode:
-    """Run one planned episode and keep what the camera saw."""
+def record_episode(simulation: LiberoSimulation, plan: EpisodePlan, policy: Policy | None = None) -> Episode:
+    """Run one planned episode and keep what the camera saw; `policy` acts if that is the plan."""
     rng = np.random.default_rng([plan.seed, 1])
     replayed = plan.recipe in COUNTERFACTUALS
     actions = _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((CONTROL_STEPS, 7), np.float32)
     _begin(simulation, plan.init_state, plan.jitter, rng)
-    expert = None if replayed else PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng)
+    expert = PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
+    noise_rng = np.random.default_rng([plan.seed, 2])
+    noise = ActionNoise(noise_rng.uniform(0.0, POLICY_NOISE), noise_rng)
+    instruction = embed_instructions([simulation.instruction])
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
     for step in range(CONTROL_STEPS):
         if expert is not None:
             actions[step] = expert.act()
+        elif policy is not None and step % CHUNK_SIZE == 0:
+            observation = {"image": frames[-1][None], "proprio": proprio[-1][None], "instruction": instruction}
+            chunk = policy.predict(observation)[0][0]
+            chunk[:, :6] += [noise() for _ in range(CHUNK_SIZE)]
+            actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0)
         simulation.step(actions[step].astype(np.float64))
         if (step + 1) % FRAME_STRIDE == 0:
             frames.append(simulation.render())
@@ -200,15 +224,22 @@ def _start_worker(written: Any) -> None:
     _written = written
 
 
-def _record_task(suite: str, root: Path, plans: list[EpisodePlan]) -> dict[str, list[list[float]]]:
+def _record_task(
+    suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | None = None
+) -> dict[str, list[list[float]]]:
+    import torch
+
     from prophet_gym.simulators.libero import load_simulation
+
+    torch.set_num_threads(1)
 
     simulation = load_simulation(suite, plans[0].task, IMAGE_SIZE)
     camera = simulation.camera()
     writer = _writer(root, camera)
     for plan in plans:
         if not writer.has_episode(plan.index):
-            writer.write_episode(plan.index, record_episode(simulation, plan))
+            torch.manual_seed(plan.seed)  # the policy's noise
+            writer.write_episode(plan.index, record_episode(simulation, plan, policy))
         _written.put(plan.index)
     simulation.close()
     return camera

@@ -1,7 +1,9 @@
-"""The two action streams: scalars, embedded per frame, and action frames, the end-effector drawn through the camera."""
+"""The two action streams: scalars, embedded per frame, and action frames, the end-effector drawn through the camera;
+and what else the camera is good for: what the hand carries, and what is near it."""
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 GRIPPER_AXIS_LENGTH = 0.08
 """Length of the drawn approach axis, metres."""
@@ -74,6 +76,56 @@ def draw_action_frames(proprio: torch.Tensor, projection: torch.Tensor, image_si
     distance = (from_begin_x - share * along_x).square() + (from_begin_y - share * along_y).square()
     known = projection.any(dim=2).any(dim=1)[:, None, None, None, None]
     return torch.exp(-distance / (2 * LINE_WIDTH**2)) * known
+
+
+def displacement(before: torch.Tensor, after: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """How far the hand moves in the image.
+
+    Args:
+        before: end-effector position float32 (B, 3), m, world. after: (B, F, 3), at each frame. projection: (B, 3, 4).
+
+    Returns:
+        float32 (B, F, 2), pixels of the video to the right and down; zeros where the camera is not known.
+    """
+    positions = torch.cat([before[:, None], after], dim=1)
+    pixels = _project(positions[:, :, None], projection)[:, :, 0]
+    return (pixels[:, 1:] - pixels[:, :1]) * projection.any(dim=2).any(dim=1)[:, None, None]
+
+
+def carry(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Shift images (B, C, h, w) as a hand carries them, by `shift` (B, F, 2) in their own pixels: (B, F, C, h, w).
+
+    What an object in the hand will look like, if nothing turns it; its edge is repeated where nothing comes in.
+    """
+    batch, frames = shift.shape[:2]
+    height, width = images.shape[-2:]
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=images.device, dtype=torch.float32),
+        torch.arange(width, device=images.device, dtype=torch.float32),
+        indexing="ij",
+    )
+    source = torch.stack([columns, rows], dim=-1) - shift[:, :, None, None]  # (B, F, h, w, 2)
+    grid = (2 * source + 1) / torch.tensor([width, height], device=images.device) - 1
+    repeated = images[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
+    shifted = F.grid_sample(repeated, grid.flatten(0, 1).to(images.dtype), padding_mode="border", align_corners=False)
+    return shifted.unflatten(0, (batch, frames))
+
+
+def look_around(images: torch.Tensor, position: torch.Tensor, projection: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop images (B, 3, H, W) around where the end-effector is seen: (B, 3, size, size), every second pixel.
+
+    Args:
+        position: float32 (B, 3), m, world. projection: float32 (B, 3, 4); the crops are grey where it is zeros.
+    """
+    height, width = images.shape[-2:]
+    centre = _project(position[:, None, None], projection)[:, 0, 0]  # (B, 2)
+    offsets = 2.0 * torch.arange(size, device=images.device) - (size - 1)
+    columns = (centre[:, :1] + offsets)[:, None].expand(-1, size, -1)
+    rows = (centre[:, 1:] + offsets)[:, :, None].expand(-1, -1, size)
+    source = torch.stack([columns, rows], dim=-1)  # (B, size, size, 2)
+    grid = 2 * source / torch.tensor([width, height], device=images.device) - 1
+    known = projection.any(dim=2).any(dim=1)[:, None, None, None]
+    return F.grid_sample(images, grid.to(images.dtype), align_corners=False) * known
 
 
 def _project(points: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:

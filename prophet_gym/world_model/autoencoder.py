@@ -28,17 +28,17 @@ class ResidualBlock(nn.Module):
 
 class ProphetAutoencoder(ModelMixin, ConfigMixin):
     r"""
-    Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with and
-    the drawn pose of the arm.
+    Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with,
+    the latest frame as the hand carries it, and the drawn pose of the arm.
 
     Encoder: a frame by itself. Its first factor of two is a pixel-unshuffle, which costs nothing; the others are
     strided convolutions. The latents are standardised per channel with the buffers `latent_mean` and `latent_std`,
     which training fills in, so that the transformer works on zero mean and unit variance.
 
-    Decoder: features of the reference frame and of the action frame are added at every resolution, and the last layer
-    decides pixel by pixel how much of the reference to keep. Before a fixed camera most of the scene never moves: what
-    stands still is copied at full sharpness however long a rollout lasts, the arm appears where it is drawn, and the
-    latents are spent on what neither shows.
+    Decoder: features of the reference frame, the carried frame and the action frame are added at every resolution, and
+    the last layer mixes, pixel by pixel, the reference, the carried frame and new colour. Before a fixed camera most of
+    the scene never moves, and what moves is in the hand: both are copied and keep their look however long a rollout
+    lasts, the arm appears where it is drawn, and the latents say which of them to believe, and what none of them shows.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
@@ -70,12 +70,12 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.Conv2d(eighth, latent_channels, 1),
         )
-        # Coarse to fine in all lists. Action frames have half the video's resolution, as the unshuffled reference.
+        # Coarse to fine in all lists. Action frames have half the video's resolution, as the unshuffled frames.
         self.condition = nn.ModuleList(
             [
                 nn.Sequential(nn.SiLU(), nn.Conv2d(quarter, eighth, 4, stride=2, padding=1)),
                 nn.Sequential(nn.SiLU(), nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
-                nn.Conv2d(12 + 3, half, 3, padding=1),
+                nn.Conv2d(12 + 12 + 3, half, 3, padding=1),
             ]
         )
         self.upsample = nn.ModuleList(
@@ -89,7 +89,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
             for channels, count in zip((eighth, quarter, half), decoder_blocks[::-1], strict=True)
         )
-        self.to_pixels = nn.Sequential(nn.SiLU(), nn.Conv2d(half, 16, 3, padding=1), nn.PixelShuffle(2))
+        self.to_pixels = nn.Sequential(nn.SiLU(), nn.Conv2d(half, 24, 3, padding=1), nn.PixelShuffle(2))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -114,38 +114,51 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def decode(
-        self, latents: torch.Tensor, reference: torch.Tensor, action_frames: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        reference: torch.Tensor,
+        carried: torch.Tensor | None = None,
+        action_frames: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Decode the latents of some frames of each episode.
 
         Args:
             latents: standardised, float (B, F, C, h, w).
             reference: pixels of the frame that each episode began with, float (B, 3, 8 h, 8 w) in [-1, 1].
+            carried: pixels of the latest frame, shifted as the hand moves until each frame, float (B, F, 3, 8 h, 8 w),
+                see `carry`; None is the reference, not shifted.
             action_frames: float (B, F, 3, 4 h, 4 w), see `draw_action_frames`; None is black, an unknown camera.
 
         Returns:
             Pixels, float (B, F, 3, 8 h, 8 w), nominally in [-1, 1].
         """
         batch, frames = latents.shape[:2]
-        condition = F.pixel_unshuffle(reference, 2).repeat_interleave(frames, dim=0)
+        if carried is None:
+            carried = reference[:, None].expand(-1, frames, -1, -1, -1)
+        known = F.pixel_unshuffle(reference, 2).repeat_interleave(frames, dim=0)
+        moved = F.pixel_unshuffle(carried.flatten(0, 1), 2)
         if action_frames is None:
-            drawn = condition.new_zeros(len(condition), 3, *condition.shape[-2:])
+            drawn = known.new_zeros(len(known), 3, *known.shape[-2:])
         else:
             drawn = action_frames.flatten(0, 1)
-        features = [torch.cat([condition, drawn], dim=1)]
+        features = [torch.cat([known, moved, drawn], dim=1)]
         for stage in reversed(self.condition):
             features.insert(0, stage(features[0]))
         latents = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         hidden_states = latents.flatten(0, 1)
         for upsample, feature, blocks in zip(self.upsample, features[:-1], self.decoder, strict=True):
             hidden_states = blocks(upsample(hidden_states) + feature)
-        pixels = self.to_pixels(hidden_states).unflatten(0, (batch, frames))
-        keep = torch.sigmoid(pixels[:, :, 3:])
-        return keep * reference[:, None] + (1 - keep) * pixels[:, :, :3]
+        new, logits = self.to_pixels(hidden_states).unflatten(0, (batch, frames)).split(3, dim=2)
+        copy, follow, paint = logits.softmax(dim=2).split(1, dim=2)  # (B, F, 1, H, W) each
+        return copy * reference[:, None] + follow * carried + paint * new
 
     def forward(
-        self, pixels: torch.Tensor, reference: torch.Tensor, action_frames: torch.Tensor | None = None
+        self,
+        pixels: torch.Tensor,
+        reference: torch.Tensor,
+        carried: torch.Tensor | None = None,
+        action_frames: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Reconstruct pixels (B, F, 3, H, W); the other arguments are those of `decode`."""
         latents = self.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        return self.decode(latents, reference, action_frames)
+        return self.decode(latents, reference, carried, action_frames)

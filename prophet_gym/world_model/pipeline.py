@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
@@ -32,6 +32,21 @@ class ImaginedChunk(BaseOutput):
     state: torch.Tensor
 
 
+@dataclass
+class ChunkCondition(BaseOutput):
+    """What the commanded motion says about the frames of a chunk.
+
+    Attributes:
+        scalars: float (B, F, D_c), actions and proprioception of each frame, see `frame_condition`.
+        action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effector drawn at the present and at each frame.
+        displacement: float32 (B, F, 2), how far it moves in the image from the present to each frame, pixels.
+    """
+
+    scalars: torch.Tensor
+    action_frames: torch.Tensor
+    displacement: torch.Tensor
+
+
 def frames_to_pixels(frames: torch.Tensor) -> torch.Tensor:
     """Convert uint8 (..., H, W, 3) frames to float32 (..., 3, H, W) pixels in [-1, 1]."""
     return frames.movedim(-1, -3).to(torch.float32) / 127.5 - 1.0
@@ -48,7 +63,8 @@ class ProphetPipeline(DiffusionPipeline):
 
     A rollout is autoregressive: it begins with `init_history` of the observed frames and `init_state` of the observed
     proprioception; every `imagine` call consumes one chunk of actions and returns the next frames with the history and
-    the state for the next call.
+    the state for the next call. The history is the encoding of the frames that were shown, not of what the transformer
+    had in mind: what the decoder kept sharp stays sharp.
 
     Args:
         vae (`ProphetAutoencoder`): frames <-> latents.
@@ -100,10 +116,16 @@ class ProphetPipeline(DiffusionPipeline):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer = ProphetTransformer3DModel(
-                latent_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, adaln_lora_dim=8
+                latent_channels=4,
+                conv_channels=8,
+                conv_blocks=(1, 1),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                num_layers=2,
+                adaln_lora_dim=8,
             )
             # A zero output layer would make every untrained video a still: give the actions something to move.
-            torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+            torch.nn.init.normal_(transformer.video_out.weight, std=0.1)
             torch.nn.init.normal_(transformer.action_embed.to_adaln.weight, std=0.1)
             return cls(
                 vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0)).eval(),
@@ -153,7 +175,13 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shape or dtype differ from the above.
         """
-        latents = self.vae.encode(self._to_pixels(images)).to(self.transformer.dtype)
+        images, size = torch.as_tensor(images), self.image_size
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
+            raise ValueError(
+                f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
+            )
+        pixels = frames_to_pixels(images).to(self.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).to(self.transformer.dtype)
         return latents[:, None].repeat(1, self.transformer.config.history_frames, 1, 1, 1)
 
     def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
@@ -174,7 +202,7 @@ class ProphetPipeline(DiffusionPipeline):
         history: torch.Tensor,
         state: torch.Tensor,
         actions: torch.Tensor,
-        start_images: np.ndarray | torch.Tensor,
+        images: np.ndarray | torch.Tensor,
         suites: Sequence[str],
         generator: list[torch.Generator] | torch.Generator | None = None,
         num_inference_steps: int | None = None,
@@ -185,7 +213,8 @@ class ProphetPipeline(DiffusionPipeline):
             history: float (B, T_h, C, h, w) from `init_history` or from the previous call.
             state: float32 (B, S) from `init_state` or from the previous call.
             actions: float32 (B, chunk_size, action_dim) in [-1, 1].
-            start_images: uint8 (B, H, W, 3), what the episodes began with: what stands still is copied from them.
+            images: uint8 (B, 2, H, W, 3), the frame that each episode began with, from which what stands still is
+                copied, and the latest one, from which what the hand carries is copied.
             suites: B names, which say through what camera the arm is seen; one of another name is unknown.
             generator: one CPU generator per row, so that a row's video does not depend on its neighbours; or one for
                 all.
@@ -197,34 +226,16 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shapes do not fit together, or num_inference_steps < 1.
         """
-        self._check_inputs(history, state, actions, suites, num_inference_steps)
-        reference = self._to_pixels(start_images)
-        device, dtype = self.transformer.device, self.transformer.dtype
-        history = history.to(device, dtype)
-        actions = actions.to(device, dtype)
-
-        # 1. The robot's own state, frame by frame, and the conditions made of it
-        projection = self.projection(suites).to(device)
-        condition, action_frames, state = self.condition(state.to(device, torch.float32), actions, projection)
-
-        # 2. Latent noise
-        batch, _, channels, height, width = history.shape
-        shape = (batch, self.chunk_frames, channels, height, width)
-        latents = randn_tensor(shape, generator=generator, device=torch.device("cpu")).to(device, dtype)
-
-        # 3. Denoising loop
-        steps = num_inference_steps or self.config.num_inference_steps
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            sigma = self.scheduler.sigmas[index].to(device, dtype).expand(batch)
-            velocity = self.transformer(latents, sigma, history, condition, action_frames)
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-
-        # 4. Decode
-        frames = pixels_to_frames(
-            self.vae.decode(latents.to(self.vae.dtype), reference, action_frames.to(self.vae.dtype))
-        ).cpu()
-        return ImaginedChunk(frames=frames, history=advance_history(history, latents), state=state)
+        self._check_inputs(history, state, actions, images, suites, num_inference_steps)
+        start, latest = frames_to_pixels(torch.as_tensor(images)).to(self.device, self.vae.dtype).unbind(1)
+        projection = self.projection(suites).to(self.device)
+        actions = actions.to(self.device, torch.float32)
+        condition, state = self.condition(state.to(self.device, torch.float32), actions, start, latest, projection)
+        pixels, _ = self.generate(history, condition, start, latest, generator, num_inference_steps)
+        encoded = self.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        return ImaginedChunk(
+            frames=pixels_to_frames(pixels).cpu(), history=advance_history(history, encoded), state=state
+        )
 
     __call__ = imagine
 
@@ -256,66 +267,126 @@ class ProphetPipeline(DiffusionPipeline):
         clip, estimates = [torch.as_tensor(images)[:, None]], []
         history, state = self.init_history(images), self.init_state(proprio)
         for chunk in actions.split(self.chunk_size, dim=1):
-            imagined = self.imagine(history, state, chunk, images, suites, generator, num_inference_steps)
+            latest = torch.stack([clip[0][:, 0], clip[-1][:, -1]], dim=1)
+            imagined = self.imagine(history, state, chunk, latest, suites, generator, num_inference_steps)
             history, state = imagined.history, imagined.state
             clip.append(imagined.frames)
             estimates.append(state[:, : proprio.shape[1]].cpu())
         return torch.cat(clip, dim=1), torch.stack(estimates, dim=1)
 
     def condition(
-        self, state: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Roll the state through a chunk and assemble the transformer's per-frame conditions.
+        self,
+        state: torch.Tensor,
+        actions: torch.Tensor,
+        start: torch.Tensor,
+        latest: torch.Tensor,
+        projection: torch.Tensor,
+    ) -> tuple[ChunkCondition, torch.Tensor]:
+        """Roll the state through a chunk.
 
         Args:
-            state: float32 (B, S). actions: float (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
+            state: float32 (B, S). actions: float32 (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
+            start, latest: pixels (B, 3, H, W) in [-1, 1], the episode's first frame and the latest one.
 
         Returns:
-            Conditions (B, chunk_frames, D_c); action frames (B, chunk_frames, 3, H / 2, W / 2); the state after the
-            chunk, float32 (B, S).
+            What follows for the chunk's frames; the state after the chunk, float32 (B, S).
         """
         proprio_dim = self.proprioception.config.proprio_dim
-        conditions, poses = [], []
-        for frame_actions in actions.unflatten(1, (self.chunk_frames, self.frame_stride)).unbind(1):
-            before = state[:, :proprio_dim]
-            state = self.proprioception(state, frame_actions.to(state.dtype))
+        start, latest = start.float(), latest.float()
+        poses = [state[:, :proprio_dim]]
+        frame_actions = actions.unflatten(1, (self.chunk_frames, self.frame_stride))
+        for frame in range(self.chunk_frames):
+            state = self.proprioception(state, frame_actions[:, frame], start, latest, projection)
             poses.append(state[:, :proprio_dim])
-            conditions.append(frame_condition(self.proprioception, before, poses[-1], frame_actions))
-        action_frames = draw_action_frames(torch.stack(poses, dim=1), projection, self.image_size)
-        return torch.stack(conditions, dim=1).to(actions.dtype), action_frames.to(actions.dtype), state
+        return self.observed_condition(torch.stack(poses, dim=1), frame_actions, projection), state
+
+    def observed_condition(
+        self, poses: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
+    ) -> ChunkCondition:
+        """The conditions of a chunk whose proprioception is known.
+
+        Args:
+            poses: float32 (B, 1 + F, P), proprioception at the present and at each frame.
+            actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4).
+        """
+        return ChunkCondition(
+            scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions),
+            action_frames=draw_action_frames(poses, projection, self.image_size),
+            displacement=displacement(poses[:, 0, :3], poses[:, 1:, :3], projection),
+        )
+
+    def generate(
+        self,
+        history: torch.Tensor,
+        condition: ChunkCondition,
+        start: torch.Tensor,
+        latest: torch.Tensor,
+        generator: list[torch.Generator] | torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Denoise and decode a chunk.
+
+        Args:
+            history, generator, num_inference_steps: as in `imagine`.
+            condition: of the chunk. start, latest: pixels (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            Pixels (B, F, 3, H, W) in [-1, 1], and the latents that they were decoded from, (B, F, C, h, w).
+        """
+        device, dtype = self.transformer.device, self.transformer.dtype
+        batch, _, channels, height, width = history.shape
+        conditions = (
+            history.to(device, dtype),
+            condition.scalars.to(dtype),
+            condition.action_frames.to(dtype),
+            condition.displacement / self.vae.spatial_compression,
+        )
+
+        # 1. Latent noise
+        shape = (batch, self.chunk_frames, channels, height, width)
+        latents = randn_tensor(shape, generator=generator, device=torch.device("cpu")).to(device, dtype)
+
+        # 2. Denoising loop
+        steps = num_inference_steps or self.config.num_inference_steps
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            sigma = self.scheduler.sigmas[index].to(device, dtype).expand(batch)
+            velocity = self.transformer(latents, sigma, *conditions)
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+
+        # 3. Decode
+        carried = carry(latest, condition.displacement)
+        drawn = condition.action_frames[:, 1:].to(self.vae.dtype)
+        pixels = self.vae.decode(latents.to(self.vae.dtype), start, carried.to(self.vae.dtype), drawn)
+        return pixels.clamp(-1, 1), latents
 
     def projection(self, suites: Sequence[str]) -> torch.Tensor:
         """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known."""
         unknown = [[0.0] * 4] * 3
         return torch.tensor([self.config.cameras.get(suite, unknown) for suite in suites])
 
-    def _to_pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
-        images = torch.as_tensor(images)
-        size = self.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
-            raise ValueError(
-                f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
-            )
-        return frames_to_pixels(images).to(self.device, self.vae.dtype)
-
     def _check_inputs(
         self,
         history: torch.Tensor,
         state: torch.Tensor,
         actions: torch.Tensor,
+        images: np.ndarray | torch.Tensor,
         suites: Sequence[str],
         steps: int | None,
     ) -> None:
         config: Any = self.transformer.config
-        batch = history.shape[0]
+        batch, size = history.shape[0], self.image_size
         expected = {
-            "history": (batch, config.history_frames, config.latent_channels) + (self.image_size // 8,) * 2,
-            "state": (batch, self.proprioception.config.proprio_dim + self.proprioception.config.hidden_dim),
+            "history": (batch, config.history_frames, config.latent_channels) + (size // 8,) * 2,
+            "state": (batch, self.proprioception.state_dim),
             "actions": (batch, self.chunk_size, self.action_dim),
+            "images": (batch, 2, size, size, 3),
         }
-        for name, value in (("history", history), ("state", state), ("actions", actions)):
+        for name, value in (("history", history), ("state", state), ("actions", actions), ("images", images)):
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")
+        if torch.as_tensor(images[:0]).dtype != torch.uint8:
+            raise ValueError(f"Expected images as uint8, got {images.dtype}.")
         if isinstance(suites, str) or len(suites) != batch:
             raise ValueError(f"Expected one suite per episode, {batch} in all, got {suites!r}.")
         if steps is not None and steps < 1:

@@ -1,8 +1,9 @@
-"""Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, then the decoder on what the
-transformer imagines; each stage can be resumed."""
+"""Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, the decoder on what the
+transformer imagines, and both again on their own history; each stage can be resumed."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,30 +12,39 @@ import imageio
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from numpy.typing import NDArray
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from prophet_gym.data.clips import ClipSampler, EpisodeArrays
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import LossFn, fit
-from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.imagination import frame_rows, replay_episodes
-from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frame_condition, frames_to_pixels
+from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
+STAGES = ("transformer", "decoder", "transformer-own-history", "decoder-own-history")
+"""After the autoencoder. The second half is against drift: both learn again, from what the first half imagines."""
+
+IMAGINED_EPISODES = 1000
+"""At most so many training episodes are imagined for a stage, other ones each time."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # Minutes are for one core of an AVX2 CPU without bfloat16 units; see docs/training.md.
+    # Two hours on two cores with bfloat16 units; see docs/training.md.
     "tiny": {
-        "autoencoder": {"steps": 4000, "batch_size": 32, "learning_rate": 3e-3},
-        "proprioception": {"steps": 5000, "batch_size": 64, "learning_rate": 3e-3},
-        "transformer": {"steps": 4200, "batch_size": 16, "learning_rate": 1e-3},
+        "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
+        "proprioception": {"steps": 4000, "batch_size": 64, "learning_rate": 3e-3},
+        "transformer": {"steps": 7000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2500, "batch_size": 32, "learning_rate": 1e-3},
-        "models": {"autoencoder": {}, "proprioception": {}, "transformer": {"num_layers": 4}},
+        "transformer-own-history": {"steps": 2000, "batch_size": 16, "learning_rate": 5e-4},
+        "decoder-own-history": {"steps": 1500, "batch_size": 32, "learning_rate": 5e-4},
+        "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
     "debug": {
@@ -42,6 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proprioception": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
         "transformer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "decoder": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "transformer-own-history": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "decoder-own-history": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "models": {
             "autoencoder": {
                 "latent_channels": 4,
@@ -52,6 +64,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "proprioception": {"hidden_dim": 16},
             "transformer": {
                 "latent_channels": 4,
+                "conv_channels": 8,
+                "conv_blocks": (1, 1),
                 "num_attention_heads": 2,
                 "attention_head_dim": 12,
                 "num_layers": 2,
@@ -83,49 +97,64 @@ def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[lis
     return projections
 
 
-def autoencoder_loss(vae: ProphetAutoencoder, arrays: EpisodeArrays, batch_size: int) -> LossFn:
+def autoencoder_loss(
+    vae: ProphetAutoencoder, arrays: EpisodeArrays, projections: torch.Tensor, batch_size: int
+) -> LossFn:
     """Error of encoded and decoded crops of what moves and what has colour.
 
-    The reference is the episode's first frame, or at times another one, because a user's start may come from anywhere.
-    The latents get noise of a random level, so that the decoder forgives the transformer's errors. The action frames
-    are black: the latents must learn to show the arm.
+    Half of the decodings have to do without the carried frame and the action frame: the latents must learn to show
+    everything. The reference is the episode's first frame, or at times another one, because a user's start may come
+    from anywhere. The latents get noise of a random level, so that the decoder forgives the transformer's errors.
+
+    Args:
+        projections: float32 (E, 3, 4), the camera of each episode of `arrays`.
     """
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
+        clip = next(ClipSampler(arrays, 1, 2, batch_size, generator))
         elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
         usual = torch.rand(batch_size, generator=generator) < 0.75
         reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
-        _, pixels, reference = _informative_crops(arrays, clip.rows[:, 1], reference_rows, generator)
-        pixels, reference = pixels.to(vae.device), reference.to(vae.device)
+        frame = torch.randint(1, 3, (batch_size,), generator=generator)
+        rows = clip.rows[torch.arange(batch_size), frame]
+        window = _Window.choose(arrays, rows, reference_rows, generator)
+        pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[reference_rows])
+        carried, drawn = window.conditions(
+            frames_to_pixels(arrays.frames[clip.rows[:, 0]]), arrays, clip.rows[:, 0], rows, projections[clip.episodes]
+        )
+        alone = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+        carried, drawn = torch.where(alone, reference, carried), torch.where(alone, 0.0, drawn)
+        pixels, reference, carried, drawn = (value.to(vae.device) for value in (pixels, reference, carried, drawn))
         latents = vae.encode(pixels)
         level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
         noise = (level * torch.randn(latents.shape, generator=generator)).to(latents)
-        decoded = vae.decode((latents + noise)[:, None], reference)[:, 0]
+        decoded = vae.decode((latents + noise)[:, None], reference, carried[:, None], drawn[:, None])[:, 0]
         loss = _pixel_loss(decoded, pixels, reference) + 1e-4 * latents.square().mean()
         return loss, {"psnr": _psnr(decoded - pixels)}
 
     return loss_fn
 
 
-def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: torch.Tensor, batch_size: int) -> LossFn:
-    """Error of crops decoded from the transformer's own latents, so that the decoder makes the best of its errors.
-
-    Args:
-        imagined: float16 (N, C, h, w), see `imagine_latents`.
-    """
-    vae = pipeline.vae
+def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: "Imagination", batch_size: int) -> LossFn:
+    """Error of crops decoded from the transformer's own latents and carried from the decoder's own frames, so that it
+    makes the best of their errors."""
+    vae, chunk_frames = pipeline.vae, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
-        rows = clip.rows[:, 1]
-        corner, pixels, reference = _informative_crops(arrays, rows, clip.first_rows, generator)
-        pixels, reference = pixels.to(vae.device), reference.to(vae.device)
-        latents = _crop(imagined[rows].movedim(1, -1), corner // 8, CROP // 8).movedim(-1, 1)
-        drawn = draw_action_frames(arrays.proprio[rows][:, None], projections[clip.episodes], pipeline.image_size)
-        drawn = _crop(drawn[:, 0].movedim(1, -1), corner // 2, CROP // 2).movedim(-1, 1)
-        decoded = vae.decode(latents[:, None].float().to(vae.device), reference, drawn[:, None].to(vae.device))[:, 0]
+        rows, first = clip.rows[:, 1], clip.first_rows
+        latest = rows - 1 - (rows - 1 - first) % chunk_frames  # the frame that the chunk began from
+        window = _Window.choose(arrays, rows, first, generator)
+        pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[first])
+        carried, drawn = window.conditions(
+            frames_to_pixels(imagined.frames[latest]), arrays, latest, rows, projections[clip.episodes]
+        )
+        latents = window.crop(imagined.latents[rows].float(), 8)
+        pixels, reference, latents, carried, drawn = (
+            value.to(vae.device) for value in (pixels, reference, latents, carried, drawn)
+        )
+        decoded = vae.decode(latents[:, None], reference, carried[:, None], drawn[:, None])[:, 0]
         return _pixel_loss(decoded, pixels, reference), {"psnr": _psnr(decoded - pixels)}
 
     return loss_fn
@@ -143,46 +172,68 @@ def _pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, reference: torch.Te
     return 10 * (weight * error.square()).mean() + edges
 
 
-def _informative_crops(
-    arrays: EpisodeArrays, rows: torch.Tensor, reference_rows: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One window of each frame and of its reference: corner (N, 2), pixels and reference (N, 3, CROP, CROP)."""
-    frames, references = arrays.frames[rows], arrays.frames[reference_rows]
-    corner = _informative_corner(frames, references, generator)
-    pixels, reference = (frames_to_pixels(_crop(images, corner, CROP)) for images in (frames, references))
-    return corner, pixels, reference
+class _Window:
+    """One CROP x CROP window of each frame of a batch, by its upper left corner (N, 2): row, column."""
+
+    def __init__(self, corner: torch.Tensor) -> None:
+        self.corner = corner
+
+    @classmethod
+    def choose(
+        cls, arrays: EpisodeArrays, rows: torch.Tensor, reference_rows: torch.Tensor, generator: torch.Generator
+    ) -> "_Window":
+        """Favour colour and difference from the reference; corners are multiples of 8."""
+        frames = arrays.frames[rows]
+        sparse = frames[:, ::2, ::2].float()
+        difference = (sparse - arrays.frames[reference_rows][:, ::2, ::2].float()).abs().mean(-1)
+        saturation = sparse.amax(-1) - sparse.amin(-1)
+        side, span = frames.shape[1] // 8, CROP // 8
+        cells = F.avg_pool2d((difference + (saturation - 30).clamp(min=0))[:, None], 4).flatten(1) + 2.0
+        centre = torch.multinomial(cells, 1, generator=generator)[:, 0]
+        corner = torch.stack([centre // side, centre % side], dim=1) - torch.randint(
+            span, (len(frames), 2), generator=generator
+        )
+        return cls(8 * corner.clamp(0, side - span))
+
+    def crop(self, images: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """Cut the windows out of images (N, C, H / scale, W / scale)."""
+        rows, columns = (self.corner[:, axis, None] // scale + torch.arange(CROP // scale) for axis in (0, 1))
+        return images[
+            torch.arange(len(images))[:, None, None, None],
+            torch.arange(images.shape[1])[:, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
+        """The windows of uint8 frames (N, H, W, 3), as pixels (N, 3, CROP, CROP)."""
+        return frames_to_pixels(self.crop(frames.movedim(-1, 1)).movedim(1, -1))
+
+    def conditions(
+        self,
+        latest: torch.Tensor,
+        arrays: EpisodeArrays,
+        latest_rows: torch.Tensor,
+        rows: torch.Tensor,
+        projection: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What else the decoder sees there: the latest frame (N, 3, H, W) as the hand carries it from `latest_rows` to
+        `rows`, (N, 3, CROP, CROP), and the action frame (N, 3, CROP / 2, CROP / 2)."""
+        poses = arrays.proprio[rows][:, None]
+        shift = displacement(arrays.proprio[latest_rows, :3], poses[:, :, :3], projection)
+        drawn = draw_action_frames(poses, projection, latest.shape[-1])
+        return self.crop(carry(latest, shift)[:, 0]), self.crop(drawn[:, 0], 2)
 
 
-def _informative_corner(frames: torch.Tensor, references: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Choose one CROP x CROP window of each pair of frames, favouring colour and difference.
-
-    Returns:
-        Row and column of the upper left corner, multiples of 8, int64 (N, 2).
-    """
-    sparse = frames[:, ::2, ::2].float()
-    difference = (sparse - references[:, ::2, ::2].float()).abs().mean(-1)
-    saturation = sparse.amax(-1) - sparse.amin(-1)
-    side = frames.shape[1] // 8
-    cells = F.avg_pool2d((difference + (saturation - 30).clamp(min=0))[:, None], 4).flatten(1) + 2.0
-    centre = torch.multinomial(cells, 1, generator=generator)[:, 0]
-    span = CROP // 8
-    corner = torch.stack([centre // side, centre % side], dim=1) - torch.randint(
-        span, (len(frames), 2), generator=generator
-    )
-    return 8 * corner.clamp(0, side - span)
-
-
-def _crop(images: torch.Tensor, corner: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut a size x size window at each corner (N, 2) out of images (N, H, W, C)."""
-    rows = corner[:, :1] + torch.arange(size)
-    columns = corner[:, 1:] + torch.arange(size)
-    return images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch_size: int, frames: int = 20) -> LossFn:
+def proprioception_loss(
+    model: ProprioceptionModel, arrays: EpisodeArrays, projections: torch.Tensor, batch_size: int, frames: int = 20
+) -> LossFn:
     """Error of the proprioception over `frames` frames of its own rollout, in units of one frame's usual change.
 
     Half of the windows begin where an episode does, with the arm at rest.
+
+    Args:
+        projections: float32 (E, 3, 4), the camera of each episode of `arrays`.
     """
     frames = min(frames, int(arrays.lengths.min()) - 1)
 
@@ -190,18 +241,36 @@ def proprioception_loss(model: ProprioceptionModel, arrays: EpisodeArrays, batch
         clip = next(ClipSampler(arrays, 1, frames, batch_size, generator))
         at_start = torch.rand(batch_size, generator=generator) < 0.5
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
+        projection = projections[clip.episodes].to(model.device)
+        start_images = frames_to_pixels(arrays.frames[clip.first_rows]).to(model.device)
+        blind = torch.rand(batch_size, generator=generator) < 0.2
         state = model.init_state(arrays.proprio[first].to(model.device))
         proprio_dim, losses = arrays.proprio.shape[1], []
         for k in range(frames):
-            state = model(state, arrays.actions[first + k].to(model.device))
+            # An environment shows the latest frame of the chunk before; at times the start frame, for it will be vague.
+            latest = torch.where(blind, clip.first_rows, first + k - k % 2)
+            latest_images = frames_to_pixels(arrays.frames[latest]).to(model.device)
+            state = model(state, arrays.actions[first + k].to(model.device), start_images, latest_images, projection)
             target = arrays.proprio[first + k + 1].to(model.device)
             error = state[:, :proprio_dim] - target
             scaled = error / model.delta_std
             # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
-            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.5))
-        return torch.stack(losses).mean(), {"position_error_mm": 1000 * error[:, :3].norm(dim=-1).mean().item()}
+            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1))
+        logs = {"position_error_mm": 1000 * error[:, :3].norm(dim=-1).mean().item()}
+        return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * error[:, 6:].abs().mean().item()}
 
     return loss_fn
+
+
+def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
+    """How often each frame is drawn: four times as often around a movement of the fingers, float (N,).
+
+    Whether a grasp holds is decided there, in one of ten frames.
+    """
+    fingers = arrays.proprio[:, 6] - arrays.proprio[:, 7]
+    moved = (fingers.diff(prepend=fingers[:1]).abs() > 0.004).float()
+    near = F.max_pool1d(moved[None, None], kernel_size=7, stride=1, padding=3)[0, 0]
+    return 1 + 3 * near
 
 
 def transformer_loss(
@@ -211,40 +280,50 @@ def transformer_loss(
     *,
     batch_size: int,
     steps: int,
+    imagined: "Imagination | None" = None,
 ) -> LossFn:
-    """Rectified flow on chunks of latents, in the form of an error on the clean chunk, over the model's own rollout.
+    """Rectified flow on chunks of latents, in the form of an error on the clean chunk.
 
-    Most noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The clean
-    chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of
-    training, then two, then four in the last 15%, against drift. The error counts more where the chunk differs from
-    the last history frame or from the first.
+    Most noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The history is
+    real, or, against drift, in three of four windows what Prophet showed there when it imagined the whole episode. A
+    clean chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of
+    training, then two. The error counts more where the chunk differs from the last history frame or from the first.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule of chunks.
+        imagined: the episodes of `arrays` as Prophet imagines them.
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
+    weights = contact_weights(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chunks = 1 + int(step >= 0.5 * steps) + 2 * int(step >= 0.85 * steps)
+        chunks = 1 + int(step >= 0.5 * steps)
         recent = transformer.config.history_frames - 1
-        clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator))
+        clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator, weights))
         projection = projections[clip.episodes].to(device)
-        history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float().to(device)
+        history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float()
+        if imagined is not None:
+            own = torch.rand(batch_size, 1, 1, 1, 1, generator=generator) < 0.75
+            history[:, 1:] = torch.where(own, imagined.history[clip.rows[:, :recent]].float(), history[:, 1:])
+        history = history.to(device)
         losses = []
         for chunk in range(chunks):
             present = recent - 1 + chunk * chunk_frames
-            before = clip.rows[:, present : present + chunk_frames]
-            clean = latents[before + 1].float().to(device)
-            condition, action_frames = _observed_condition(pipeline, arrays, before, projection)
+            rows = clip.rows[:, present : present + chunk_frames + 1]
+            clean = latents[rows[:, 1:]].float().to(device)
+            condition = pipeline.observed_condition(
+                arrays.proprio[rows].to(device), arrays.actions[rows[:, :-1]].to(device), projection
+            )
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
             pure = torch.rand(batch_size, generator=generator) < 0.7
             sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            velocity = transformer(sample, sigma, history, condition, action_frames)
+            shift = condition.displacement / pipeline.vae.spatial_compression
+            velocity = transformer(sample, sigma, history, condition.scalars, condition.action_frames, shift)
             predicted = sample - level * velocity
             moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
             moved = moved.mean(2, keepdim=True)
@@ -257,21 +336,6 @@ def transformer_loss(
     return loss_fn
 
 
-def _observed_condition(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, before: torch.Tensor, projection: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Conditions and action frames, as `ProphetPipeline.condition`, of the steps from rows `before` (B, F) to the next
-    ones, from the true proprioception."""
-    poses = arrays.proprio[before + 1].to(pipeline.device)
-    condition = frame_condition(
-        pipeline.proprioception,
-        arrays.proprio[before].to(pipeline.device),
-        poses,
-        arrays.actions[before].to(pipeline.device),
-    )
-    return condition, draw_action_frames(poses, projection, pipeline.image_size)
-
-
 @torch.inference_mode()
 def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
     """Encode uint8 frames (N, H, W, 3) to float16 latents (N, C, h, w) on the CPU."""
@@ -279,34 +343,51 @@ def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int
     return torch.cat([vae.encode(frames_to_pixels(batch).to(vae.device)).half().cpu() for batch in batches])
 
 
+@dataclass(frozen=True)
+class Imagination:
+    """What Prophet makes of the episodes of some arrays, open loop from their first frames, given the true
+    proprioception; rows as in the arrays, frames beyond the last whole chunk of the shortest episode are real.
+
+    Attributes:
+        latents: float16 (N, C, h, w), of the transformer. frames: uint8 (N, H, W, 3), decoded from them.
+        history: float16 (N, C, h, w), the frames encoded again.
+    """
+
+    latents: torch.Tensor
+    frames: torch.Tensor
+    history: torch.Tensor
+
+
 @torch.inference_mode()
-def imagine_latents(
+def imagine_training_episodes(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, latents: torch.Tensor, seed: int, batch_size: int = 64
-) -> torch.Tensor:
-    """Imagine every episode open loop from its first frame, given the true proprioception.
+) -> Imagination:
+    """Imagine every episode of `arrays`, whose encoded frames are `latents`, float16 (N, C, h, w).
 
     Args:
-        latents: float16 (N, C, h, w), all frames of `arrays` encoded. seed: of the noise.
-
-    Returns:
-        float16 (N, C, h, w); frames beyond the last whole chunk of the shortest episode are those of `latents`.
+        seed: of the noise.
     """
     device, chunk_frames = pipeline.device, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
-    imagined = latents.clone()
+    imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
     generator = torch.Generator().manual_seed(seed)
     chunks = (int(arrays.lengths.min()) - 1) // chunk_frames
     for episodes in tqdm(torch.arange(len(arrays.starts)).split(batch_size), desc="imagining", mininterval=5.0):
         starts, projection = arrays.starts[episodes], projections[episodes].to(device)
+        start = latest = frames_to_pixels(arrays.frames[starts]).to(device)
         history = latents[starts][:, None].float().to(device)
         history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
         for chunk in range(chunks):
-            before = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames)
-            condition, action_frames = _observed_condition(pipeline, arrays, before, projection)
-            noise = torch.randn(before.shape + latents.shape[1:], generator=generator).to(device)
-            clean = noise - pipeline.transformer(noise, noise.new_ones(len(starts)), history, condition, action_frames)
-            history = advance_history(history, clean)
-            imagined[before + 1] = clean.half().cpu()
+            rows = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames + 1)
+            condition = pipeline.observed_condition(
+                arrays.proprio[rows].to(device), arrays.actions[rows[:, :-1]].to(device), projection
+            )
+            pixels, clean = pipeline.generate(history, condition, start, latest, generator)
+            encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            history, latest = advance_history(history, encoded), pixels[:, -1]
+            imagined.latents[rows[:, 1:]] = clean.half().cpu()
+            imagined.frames[rows[:, 1:]] = pixels_to_frames(pixels).cpu()
+            imagined.history[rows[:, 1:]] = encoded.half().cpu()
     return imagined
 
 
@@ -398,43 +479,37 @@ def train(
     )
 
     stage = dict(recipe["proprioception"])
+    projections = pipeline.projection([record.suite for record in train_arrays.records])
     _set_proprio_statistics(proprioception, train_arrays)
-    loss_fn = proprioception_loss(proprioception, train_arrays, stage.pop("batch_size"))
+    loss_fn = proprioception_loss(proprioception, train_arrays, projections, stage.pop("batch_size"))
     fit("proprioception", proprioception, loss_fn, out, seed=seed, **stage)
 
     stage = dict(recipe["autoencoder"])
-    loss_fn = autoencoder_loss(vae, train_arrays, stage.pop("batch_size"))
+    loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
     fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
 
     latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
-
-    stage = dict(recipe["transformer"])
-    loss_fn = transformer_loss(
-        pipeline, train_arrays, latents, batch_size=stage.pop("batch_size"), steps=stage["steps"]
-    )
-    fit(
-        "transformer",
-        transformer,
-        loss_fn,
-        out,
-        seed=seed,
-        validate=partial(_validate, pipeline, val_arrays, out, "transformer"),
-        **stage,
-    )
-
-    stage = dict(recipe["decoder"])
-    imagined = imagine_latents(pipeline, train_arrays, latents, seed)
-    loss_fn = decoder_loss(pipeline, train_arrays, imagined, stage.pop("batch_size"))
-    vae.encoder.requires_grad_(False)  # the transformer knows its latents
-    fit(
-        "decoder",
-        vae,
-        loss_fn,
-        out,
-        seed=seed,
-        validate=partial(_validate, pipeline, val_arrays, out, "decoder"),
-        **stage,
-    )
+    vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
+    imagined = None
+    for name in STAGES:
+        stage = dict(recipe[name])
+        batch_size = stage.pop("batch_size")
+        part: ModelMixin
+        if name.startswith("decoder"):
+            # The transformer has changed: once more, what does it make of the episodes?
+            some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + len(name))
+            imagined = imagine_training_episodes(pipeline, some, latents[rows], seed)
+            part, loss_fn = vae, decoder_loss(pipeline, some, imagined, batch_size)
+        elif imagined is None:
+            part = transformer
+            loss_fn = transformer_loss(pipeline, train_arrays, latents, batch_size=batch_size, steps=stage["steps"])
+        else:
+            part = transformer
+            loss_fn = transformer_loss(
+                pipeline, some, latents[rows], batch_size=batch_size, steps=stage["steps"], imagined=imagined
+            )
+        validate = partial(_validate, pipeline, val_arrays, out, name)
+        fit(name, part, loss_fn, out, seed=seed, validate=validate, **stage)
     temporary = out / ".pipeline.tmp"
     pipeline.save_pretrained(temporary)
     os.replace(temporary, out / "pipeline")

@@ -1,4 +1,4 @@
-"""Prophet's video transformer: diffusers' Cosmos transformer, conditioned on history frames and on actions."""
+"""Prophet's video transformer: diffusers' Cosmos transformer between convolutions, conditioned on history, actions."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
-from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
+from prophet_gym.world_model.action_conditioning import FrameActionEmbedding, carry
+
+_KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]]]
+"""Bias of the choice between the latest frame, the first one and the carried one: an untrained model shows a still."""
 
 
 class _NoText(nn.Module):
@@ -32,19 +35,43 @@ class _NoTextNorm(nn.Module):
         return zero, zero
 
 
+class ConditionedBlock(nn.Module):
+    """Two 3x3 convolutions around a skip; the first normalisation is modulated by the frame's embedding."""
+
+    def __init__(self, channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(min(8, channels), channels)
+        self.modulation = nn.Linear(embedding_dim, 2 * channels)
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(min(8, channels), channels)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Map (N, C, h, w), modulated by (N, D), to the same shape."""
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        residual = self.conv_in(F.silu(self.norm_in(hidden_states) * (1 + scale) + shift))
+        return hidden_states + self.conv_out(F.silu(self.norm_out(residual)))
+
+
 class ProphetTransformer3DModel(CosmosTransformer3DModel):
     r"""
     Predicts the velocity of a chunk of latent frames from noisy frames, history frames and per-frame conditions.
 
-    History frames enter as extra channels of every new frame, so that each token sees the same place in the past. The
-    network's raw output is a residual: the clean chunk is `last history frame + output`, from which the rectified-flow
-    velocity follows as `(sample - clean) / sigma`. A static background therefore costs the network nothing, and one
-    sampling step from pure noise is the conditional mean.
+    Convolutions around the transformer blocks work at the latents' full resolution, where contact happens: what moves
+    is local, and the same everywhere. The blocks between them see the whole chunk at once, in tokens of 2 x 2 latents.
+
+    History frames enter as extra channels of every new frame, so that each place sees its own past, and so does the
+    latest of them as the hand carries it. The raw output is a choice between the first frame, the latest one and the
+    carried one, and a residual: together the clean chunk, from which the rectified-flow velocity follows as
+    `(sample - clean) / sigma`. A static background therefore costs the network nothing, and one sampling step from pure
+    noise is the conditional mean.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         history_frames (`int`, defaults to `3`): history frames H: the episode's first frame, then the most recent ones.
         condition_dim (`int`, defaults to `44`): size D_c of one frame's action condition.
+        conv_channels (`int`, defaults to `128`): width of the convolutions.
+        conv_blocks (`tuple[int, int]`, defaults to `(2, 3)`): convolutional blocks before and after the transformer's.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
         adaln_lora_dim (`int`), patch_size (`tuple[int, int, int]`), max_size (`tuple[int, int, int]`):
             as in diffusers' `CosmosTransformer3DModel`.
@@ -59,17 +86,19 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         latent_channels: int = 16,
         history_frames: int = 3,
         condition_dim: int = 44,
+        conv_channels: int = 128,
+        conv_blocks: tuple[int, int] = (2, 3),
         num_attention_heads: int = 6,
         attention_head_dim: int = 32,
-        num_layers: int = 6,
+        num_layers: int = 4,
         mlp_ratio: float = 4.0,
         adaln_lora_dim: int = 32,
         patch_size: tuple[int, int, int] = (1, 2, 2),
         max_size: tuple[int, int, int] = (8, 64, 64),
     ) -> None:
         super().__init__(
-            in_channels=latent_channels * (1 + history_frames),
-            out_channels=latent_channels,
+            in_channels=conv_channels,
+            out_channels=conv_channels,
             num_attention_heads=num_attention_heads,
             attention_head_dim=attention_head_dim,
             num_layers=num_layers,
@@ -94,12 +123,16 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.learnable_pos_embed, name))
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
-        # Action frames have four times the latents' resolution.
-        self._canvas_patch = 4 * patch_size[1]
-        self.action_frame_embed = nn.Linear(3 * self._canvas_patch**2, hidden_dim)
-        nn.init.zeros_(self.action_frame_embed.weight)
-        nn.init.zeros_(self.action_frame_embed.bias)
-        nn.init.zeros_(self.proj_out.weight)
+        self.video_in = nn.Conv2d(latent_channels * (2 + history_frames), conv_channels, 3, padding=1)
+        # Action frames, of the present and of the new frame, have four times the latents' resolution.
+        self.action_frame_in = nn.Conv2d(2 * 3 * 16, conv_channels, 3, padding=1)
+        nn.init.zeros_(self.action_frame_in.weight)
+        nn.init.zeros_(self.action_frame_in.bias)
+        stem, head = ((ConditionedBlock(conv_channels, hidden_dim) for _ in range(count)) for count in conv_blocks)
+        self.stem, self.head = nn.ModuleList(stem), nn.ModuleList(head)
+        self.video_out = nn.Conv2d(conv_channels, latent_channels + 3, 3, padding=1)
+        nn.init.zeros_(self.video_out.weight)
+        nn.init.zeros_(self.video_out.bias)
 
     def forward(  # type: ignore[override]
         self,
@@ -108,6 +141,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         history: torch.Tensor,
         condition: torch.Tensor,
         action_frames: torch.Tensor,
+        displacement: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity `noise - clean` of the chunk.
 
@@ -116,37 +150,54 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             sigma: noise level in (0, 1], (B,); 1 is pure noise.
             history: clean latents (B, H, C, h, w); the last one is the most recent.
             condition: (B, F, D_c), see `FrameActionEmbedding`.
-            action_frames: (B, F, 3, 4 h, 4 w), see `draw_action_frames`; black where the camera is not known.
+            action_frames: (B, 1 + F, 3, 4 h, 4 w), of the present and of each new frame, see `draw_action_frames`;
+                black where the camera is not known.
+            displacement: (B, F, 2), how far the hand moves in the image until each frame, in latents, see `carry`.
 
         Returns:
             Velocity, float (B, F, C, h, w).
         """
-        batch, frames, _, height, width = sample.shape
+        batch, frames = sample.shape[:2]
         past = history.flatten(1, 2)[:, None].expand(-1, frames, -1, -1, -1)  # (B, F, H C, h, w)
-        video = torch.cat([sample, past], dim=2).transpose(1, 2)  # (B, C (1 + H), F, h, w)
+        carried = carry(history[:, -1], displacement).to(sample.dtype)  # (B, F, C, h, w)
+        video = torch.cat([sample, past, carried], dim=2).flatten(0, 1)  # (B F, (2 + H) C, h, w)
+        drawn = torch.stack([action_frames[:, :1].expand(-1, frames, -1, -1, -1), action_frames[:, 1:]], dim=2)
+        drawn = F.pixel_unshuffle(drawn.flatten(0, 1).flatten(1, 2), 4)  # (B F, 2 * 3 * 16, h, w)
 
-        image_rotary_emb = self.rope(video)
-        position = self.learnable_pos_embed(video)
-        hidden_states = self.patch_embed(video)  # (B, F, h', w', D)
+        # Conditions: one embedding per frame
+        temb, embedded_timestep = self.time_embed(sample.new_zeros(1), 1000.0 * sigma)  # (B, 3 D), (B, D)
+        timestep_offset, adaln_offset = self.action_embed(condition)
+        embedded_timestep = embedded_timestep[:, None] + timestep_offset  # (B, F, D)
+        temb = temb[:, None] + adaln_offset
+        embedding = embedded_timestep.flatten(0, 1)
+
+        # Convolutions at full resolution
+        local = self.video_in(video) + self.action_frame_in(drawn.to(video.dtype))  # (B F, Ch, h, w)
+        for block in self.stem:
+            local = block(local, embedding)
+
+        # Transformer over all tokens of the chunk
+        tokens = local.unflatten(0, (batch, frames)).transpose(1, 2)  # (B, Ch, F, h, w)
+        image_rotary_emb = self.rope(tokens)
+        position = self.learnable_pos_embed(tokens)
+        hidden_states = self.patch_embed(tokens)  # (B, F, h', w', D)
         grid = hidden_states.shape[1:4]
         hidden_states = hidden_states.flatten(1, 3)  # (B, F h' w', D)
-        patches = F.pixel_unshuffle(action_frames.flatten(0, 1), self._canvas_patch)  # (B F, 3 p p, h', w')
-        patches = patches.movedim(1, -1).reshape(batch, -1, patches.shape[1])
-        hidden_states = hidden_states + self.action_frame_embed(patches.to(hidden_states.dtype))
-
-        temb, embedded_timestep = self.time_embed(hidden_states, 1000.0 * sigma)  # (B, 3 D), (B, D)
-        timestep_offset, adaln_offset = self.action_embed(condition)
-        embedded_timestep = self._per_token(embedded_timestep[:, None] + timestep_offset, grid)
-        temb = self._per_token(temb[:, None] + adaln_offset, grid)
-
+        embedded_timestep, temb = self._per_token(embedded_timestep, grid), self._per_token(temb, grid)
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, None, embedded_timestep, temb, image_rotary_emb, position)
-
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
         p_t, p_h, p_w = self.config.patch_size
-        residual = hidden_states.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)  # (B, F', h', w', pt, ph, pw, C)
-        residual = residual.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(batch, frames, -1, height, width)
-        clean = history[:, -1:] + residual
+        wide = hidden_states.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)  # (B, F', h', w', pt, ph, pw, Ch)
+        wide = wide.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(local.shape)
+
+        # Convolutions again, and the choice of what to keep
+        local = local + wide
+        for block in self.head:
+            local = block(local, embedding)
+        residual, logits = self.video_out(F.silu(local)).unflatten(0, (batch, frames)).split([sample.shape[2], 3], 2)
+        latest, first, follow = (logits.float() + logits.new_tensor(_KEEP_LATEST)).softmax(dim=2).split(1, dim=2)
+        clean = latest * history[:, -1:] + first * history[:, :1] + follow * carried + residual
         return (sample - clean) / sigma[:, None, None, None, None]
 
     @staticmethod
