@@ -76,9 +76,13 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "drift_libero_object.png").is_file()
     assert (tmp_path / "contact_sheet_libero_object.png").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert "imagined_frames" in page and page.count("base64") == 3
 
     report = results["libero_object"]
-    outcome = report["outcome"]
+    assert results["all"]["outcome"] == report["outcome"]
+    outcome = report["outcome"]["all"]
+    assert report["outcome"]["clean"] == outcome
     assert outcome["real_frames"]["accuracy"] == 1 and outcome["real_frames"]["auroc"] == 1
     # An untrained world model paints nothing red: it is right about the failures alone.
     assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
@@ -91,7 +95,10 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert video["episode_ssim_copy"] > video["episode_ssim_prophet"]
     # In the second chunk nothing changes any more, so the last frame is a perfect copy; in the first, frame 2 does.
     assert video["next_chunk_psnr_copy"] > video["episode_psnr_copy"]
-    assert report["proprio_cm"]["mean_end"] > 0
+    assert video["episode_epe_still"] >= 0
+    assert report["proprio"]["end_cm"] > 0 and report["proprio"]["end_degrees"] >= 0
+    # The real frames do not depend on the actions here, and neither does what an untrained model copies.
+    assert report["actions"]["episodes"] == 6
 
 
 def test_training_data_are_refused(data: Path, tmp_path: Path) -> None:

@@ -210,6 +210,15 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}
 
 
+def test_a_policys_plan_has_the_same_starts():
+    scripted, policy = (plan_episodes("libero_spatial", 200, seed=0, policy=acts) for acts in (False, True))
+    assert {plan.kind for plan in policy} == {"policy"}
+    assert [(plan.task, plan.split, plan.seed) for plan in policy] == [
+        (plan.task, plan.split, plan.seed) for plan in scripted
+    ]
+    assert any(plan.jitter for plan in policy)
+
+
 def test_shares_sum_to_one():
     for shares in NOISE_SHARES.values():
         assert set(shares) == set(NOISE_RECIPES)

@@ -213,6 +213,33 @@ def test_clean_expert_succeeds_and_the_episode_is_recorded_whole(env):
         assert record_episode(env.simulation, counterfactual).kind == "counterfactual"
 
 
+def test_a_policy_acts_in_the_place_of_the_scripts(env):
+    """It is asked once per chunk, with what the environment would show it; its motion is disturbed, its grip is not."""
+    from prophet_gym.simulators.recording import POLICY_NOISE, EpisodePlan, record_episode
+
+    class Lift:
+        def __init__(self):
+            self.seen = []
+
+        def predict(self, observation, *, deterministic=False):
+            self.seen.append(observation)
+            return np.tile(np.array([0, 0, 0.3, 0, 0, 0, 1], np.float32), (1, 8, 1)), None
+
+    env.reset(options={"init_state": 40})
+    policy = Lift()
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=40, recipe="policy", jitter=False, seed=1)
+    episode = record_episode(env.simulation, plan, policy)
+    assert episode.kind == "policy" and len(policy.seen) == 20
+    for chunk, observation in enumerate(policy.seen):
+        assert np.array_equal(observation["image"][0], episode.frames[2 * chunk])
+        assert np.array_equal(observation["proprio"][0], episode.proprio[2 * chunk])
+        assert observation["instruction"].shape == (1, 384)
+    assert (episode.actions[..., 6] == 1).all()
+    noise = episode.actions[..., :6] - np.array([0, 0, 0.3, 0, 0, 0], np.float32)
+    assert 0 < np.abs(noise).max() < 5 * POLICY_NOISE
+    assert np.array_equal(record_episode(env.simulation, plan, policy).frames, episode.frames)
+
+
 @pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_goal", 4)])
 def test_an_experts_actions_earn_reward_one(suite, task):
     from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace

@@ -4,21 +4,23 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import nn
 from torch.nn import functional as F
 
-from prophet_gym.data.clips import EpisodeArrays, load_arrays
+from prophet_gym.data.clips import EpisodeArrays, load_arrays, subset
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
+from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, optical_flow
+from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
@@ -27,6 +29,41 @@ from prophet_gym.world_model.imagination import episode_seeds, frame_rows, repla
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
+
+
+COUNTERFACTUAL_EPISODES = 16
+"""Episodes that are imagined with other actions than their own."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What is said about the outcomes of some episodes; arrays of one entry per episode.
+
+    An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that is
+    when an environment would have ended it.
+
+    Attributes:
+        kind: as in `Episode`. solved: by the real simulator.
+        real_frames, imagined_frames: highest probability that the judge gives at the end of a chunk.
+        actions_only: probability of the control that sees the actions alone.
+    """
+
+    kind: NDArray[np.str_]
+    solved: NDArray[np.bool_]
+    real_frames: NDArray[np.float64]
+    imagined_frames: NDArray[np.float64]
+    actions_only: NDArray[np.float64]
+
+    def report(self, threshold: float) -> dict[str, dict[str, dict[str, float]]]:
+        """`episode_metrics` of each of the three, over all episodes and by kind."""
+        groups = {"all": np.ones(len(self.kind), bool)} | {str(kind): self.kind == kind for kind in set(self.kind)}
+        return {
+            group: {
+                name: episode_metrics(getattr(self, name)[rows], self.solved[rows], limit)
+                for name, limit in (("real_frames", threshold), ("imagined_frames", threshold), ("actions_only", 0.5))
+            }
+            for group, rows in groups.items()
+        }
 
 
 def evaluate(
@@ -41,18 +78,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a world model and a reward model on recorded episodes that neither was trained on.
 
-    Writes `results.json`, `drift.png` and `contact_sheet_*.png` (real above imagined) to `report`.
+    Writes `results.json`, `report.html` (self-contained), and per suite `drift_*.png`, `contact_sheet_*.png` and
+    `side_by_side_*.mp4` (real above imagined) to `report`.
 
     Args:
         checkpoint: a pipeline, its folder, or the name of a shipped one.
         data: folders written by `prophet record`. The actions-only control is trained on their training split.
         report: folder of the report; made if needed.
         reward_model: a reward model, its folder, or the name of a shipped one.
-        split: "val" or "test". episodes: at most this many of each data set. seed: of the world model's noise.
+        split: "val" or "test". episodes: at most this many of each suite. seed: of the world model's noise.
 
     Returns:
-        The content of `results.json`, one entry per data set: `video` (dB and SSIM, see `video_report`), `proprio_cm`,
-        `outcome` (see `outcome_report`).
+        The content of `results.json`: for each suite `video` (see `video_report`), `proprio` (error of the estimated
+        end-effector, cm and degrees), `actions` (see `actions_report`) and `outcome` (see `Verdicts.report`); and the
+        outcomes of all suites together under "all".
 
     Raises:
         ValueError: the split is "train": no number is reported on data that a model was trained on.
@@ -65,32 +104,35 @@ def evaluate(
         raise TypeError(f"Expected a ProphetPipeline, its folder or name, got {type(pipeline).__name__}.")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
+    datasets = [EpisodeDataset(path) for path in data]
     results: dict[str, Any] = {}
-    for path in data:
-        dataset = EpisodeDataset(path)
-        arrays = load_arrays(dataset, split)
-        control = load_actions(dataset, "train", pipeline.chunk_frames)
-        name = arrays.records[0].suite
-        count = len(arrays.records) if episodes is None else min(episodes, len(arrays.records))
-        chosen = torch.arange(count)
+    verdicts = []
+    for suite in sorted({record.suite for dataset in datasets for record in dataset.records}):
+        held_out = [dataset for dataset in datasets if any(record.suite == suite for record in dataset.records)]
+        held_out = [dataset.select(suite=suite) for dataset in held_out]
+        arrays = load_arrays(held_out, split)
+        if episodes is not None:
+            arrays, _ = subset(arrays, episodes, seed)
+        chosen = torch.arange(len(arrays.records))
         rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
         clips, estimates = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
         real, imagined = arrays.frames[rows].numpy(), clips.numpy()
-        true = arrays.proprio[rows[:, pipeline.chunk_frames :: pipeline.chunk_frames]]
-        proprio_error = 100 * (estimates - true)[..., :3].norm(dim=-1).double()  # cm, at the end of each chunk
-        video, curves = video_report(pipeline, arrays, real, imagined, count, seed)
-        results[name] = {
+        video, curves = video_report(pipeline, arrays, real, imagined, seed)
+        verdicts.append(_verdicts(judge, arrays, real, imagined, pipeline.chunk_frames, held_out))
+        results[suite] = {
             "split": split,
             "video": video,
-            "proprio_cm": {"mean_end": float(proprio_error[:, -1].mean()), "mean": float(proprio_error.mean())},
-            "outcome": outcome_report(judge, arrays, real, imagined, pipeline.chunk_frames, control),
+            "proprio": _proprio_report(estimates, arrays.proprio[rows[:, :: pipeline.chunk_frames]][:, 1:]),
+            "actions": actions_report(pipeline, arrays, real, imagined, seed),
+            "outcome": verdicts[-1].report(judge.threshold),
         }
-        _draw_curves(curves, report / f"drift_{name}.png", name)
-        _draw_contact_sheet(real, imagined, report / f"contact_sheet_{name}.png")
-        logger.info("%s: %s", name, json.dumps(results[name], indent=1))
-    temporary = report / ".results.tmp"
-    temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, report / "results.json")
+        draw_suite(report, suite, curves, real, imagined)
+        logger.info("%s: %s", suite, json.dumps(results[suite], indent=1))
+    together = Verdicts(
+        **{field.name: np.concatenate([getattr(some, field.name) for some in verdicts]) for field in fields(Verdicts)}
+    )
+    results["all"] = {"split": split, "outcome": together.report(judge.threshold)}
+    write_report(report, results)
     return results
 
 
@@ -99,17 +141,18 @@ def video_report(
     arrays: EpisodeArrays,
     real: NDArray[np.uint8],
     imagined: NDArray[np.uint8],
-    count: int,
     seed: int,
 ) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-    """PSNR (dB), SSIM and tSSIM of whole imagined episodes and of single chunks from real history.
+    """PSNR (dB), SSIM, tSSIM and optical flow of whole imagined episodes and of single chunks from real history.
 
     Baselines: `copy` repeats the last frame that was given (the start frame, for whole episodes); `autoencoder`
-    decodes the encoded real frames, the ceiling of anything that this autoencoder shows.
+    decodes the encoded real frames, the ceiling of anything that this autoencoder shows. The flow's end-point error is
+    in pixels a frame; `moving` is over pixels that really move by more than half a pixel a frame.
 
     Returns:
         The means, and the curves over time (T,) of `prophet`, `copy`, `autoencoder`, whole frame and `moving` pixels.
     """
+    count = len(real)
     copied = np.repeat(real[:, :1], real.shape[1], axis=1)
     ceiling = _reconstruct(pipeline, arrays, real)
     curves: dict[str, NDArray[np.float64]] = {}
@@ -122,8 +165,16 @@ def video_report(
         report[f"episode_psnr_{name}"] = float(curves[name].mean())
         report[f"episode_moving_psnr_{name}"] = float(np.nanmean(curves[f"{name} (moving pixels)"]))
         report[f"final_psnr_{name}"] = float(curves[name][-1])
+        report[f"moving_psnr_frame_20_{name}"] = float(curves[f"{name} (moving pixels)"][:20][-1])
         report[f"episode_ssim_{name}"] = float(_one_by_one(ssim, video, real)[:, 1:].mean())
         report[f"episode_tssim_{name}"] = float(_one_by_one(temporal_ssim, video, real).mean())
+
+    flows = [(optical_flow(video), optical_flow(truth)) for video, truth in zip(imagined, real, strict=True)]
+    report["episode_epe_prophet"] = float(np.mean([end_point_error(*pair) for pair in flows]))
+    report["episode_epe_still"] = float(np.mean([end_point_error(0 * truth, truth) for _, truth in flows]))
+    report["episode_moving_epe_prophet"] = _moving_epe([video for video, _ in flows], [truth for _, truth in flows])
+    report["episode_moving_epe_still"] = _moving_epe([0 * truth for _, truth in flows], [truth for _, truth in flows])
+    report["episode_flow_cosine_prophet"] = float(np.nanmean([flow_cosine(*pair) for pair in flows]))
 
     chunks = _next_chunks(pipeline, arrays, count, real.shape[1], seed)
     frames = pipeline.chunk_frames
@@ -144,42 +195,80 @@ def video_report(
     return report, curves
 
 
-def outcome_report(
+def _moving_epe(imagined: list[NDArray[np.float32]], real: list[NDArray[np.float32]]) -> float:
+    """End-point error, pixels a frame, over the pixels whose real flow exceeds half a pixel a frame."""
+    errors = []
+    for video, truth in zip(imagined, real, strict=True):
+        moving = np.linalg.norm(truth, axis=-1) > 0.5
+        errors.append(np.linalg.norm(video - truth, axis=-1)[moving])
+    return float(np.concatenate(errors).mean())
+
+
+def _proprio_report(estimated: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
+    """Errors of the end-effector's estimated pose (N, chunks, P): means over whole episodes, and at their ends."""
+    distance = 100 * (estimated - true)[..., :3].norm(dim=-1).double()  # cm
+    turned = Rotation.from_rotvec(estimated[..., 3:6].reshape(-1, 3).numpy()).inv() * Rotation.from_rotvec(
+        true[..., 3:6].reshape(-1, 3).numpy()
+    )
+    angle = torch.from_numpy(np.degrees(turned.magnitude())).reshape(distance.shape)
+    return {
+        "mean_cm": float(distance.mean()),
+        "end_cm": float(distance[:, -1].mean()),
+        "end_median_cm": float(distance[:, -1].median()),
+        "mean_degrees": float(angle.mean()),
+        "end_degrees": float(angle[:, -1].mean()),
+    }
+
+
+def actions_report(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, real: NDArray[np.uint8], imagined: NDArray[np.uint8], seed: int
+) -> dict[str, float]:
+    """Does the video depend on the actions? PSNR (dB) against the real video, over whole episodes, of what is imagined
+    from the episode's own actions, from those of another episode, and from none (the arm is told to stay)."""
+    count = min(COUNTERFACTUAL_EPISODES, len(real))
+    rows = frame_rows(arrays, torch.arange(count), pipeline.chunk_frames)
+    own = arrays.actions[rows[:, :-1]].flatten(1, 2)
+    stay = torch.zeros_like(own)
+    stay[..., -1] = -1.0
+    report = {"episodes": float(count)}
+    for name, actions in (("own", None), ("swapped", own.roll(1, dims=0)), ("none", stay)):
+        video = imagined[:count, : rows.shape[1]]
+        if actions is not None:
+            video = pipeline.replay(
+                arrays.frames[rows[:, 0]],
+                arrays.proprio[rows[:, 0]],
+                actions,
+                [record.suite for record in arrays.records[:count]],
+                [torch.Generator().manual_seed(one) for one in episode_seeds(torch.arange(count), seed)],
+            )[0].numpy()
+        report[f"psnr_{name}"] = float(_one_by_one(psnr, video, real[:count, : rows.shape[1]])[:, 1:].mean())
+    return report
+
+
+def _verdicts(
     judge: RewardModel,
     arrays: EpisodeArrays,
     real: NDArray[np.uint8],
     imagined: NDArray[np.uint8],
     chunk_frames: int,
-    control: tuple[torch.Tensor, torch.Tensor],
-) -> dict[str, dict[str, float]]:
-    """How often the judged outcome agrees with the real one: on the real video, on the imagined one, from actions
-    alone.
-
-    An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that
-    is when an environment would have ended it.
-
-    Args:
-        real, imagined: clips (N, T + 1, H, W, 3) of the first N episodes of `arrays`.
-        chunk_frames: frames of a chunk.
-        control: actions (E, D) and outcomes (E,) of training episodes, see `load_actions`.
-
-    Returns:
-        `episode_metrics` of `real_frames`, `imagined_frames` and `actions_only`.
-    """
-    first = _first_episodes(arrays, len(real))
-    _, solved = episode_peaks(first, torch.zeros(len(first.frames)), chunk_frames)
-    report = {
-        name: episode_metrics(_judge(judge, first, clips, chunk_frames), solved, judge.threshold)
-        for name, clips in (("real_frames", real), ("imagined_frames", imagined))
-    }
-    probability = _predict_from_actions(control, _action_features(first))
-    report["actions_only"] = episode_metrics(probability, solved, 0.5)
-    return report
+    datasets: Sequence[EpisodeDataset],
+) -> Verdicts:
+    """All verdicts on the episodes of `arrays`; the control is trained on the training split of `datasets`."""
+    _, solved = episode_peaks(arrays, torch.zeros(len(arrays.frames)), chunk_frames)
+    return Verdicts(
+        kind=np.array([record.kind for record in arrays.records]),
+        solved=solved,
+        real_frames=_judge(judge, arrays, real, chunk_frames),
+        imagined_frames=_judge(judge, arrays, imagined, chunk_frames),
+        actions_only=_predict_from_actions(load_actions(datasets, "train", chunk_frames), _action_features(arrays)),
+    )
 
 
-def load_actions(dataset: EpisodeDataset, split: str, chunk_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_actions(
+    datasets: Sequence[EpisodeDataset], split: str, chunk_frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of the actions (E, D) and outcomes (E,) of a split, for the control that sees nothing else."""
-    arrays = load_arrays(dataset, split, progress=False)
+    arrays = load_arrays(datasets, split, progress=False)
     _, solved = episode_peaks(arrays, torch.zeros(len(arrays.frames)), chunk_frames)
     return _action_features(arrays), torch.from_numpy(solved)
 
@@ -219,19 +308,6 @@ def _judge(
         for end in range(chunk_frames, clips.shape[1], chunk_frames)
     ]
     return np.max(scores, axis=0).astype(np.float64)
-
-
-def _first_episodes(arrays: EpisodeArrays, count: int) -> EpisodeArrays:
-    rows = int(arrays.lengths[:count].sum())
-    return EpisodeArrays(
-        frames=arrays.frames[:rows],
-        proprio=arrays.proprio[:rows],
-        actions=arrays.actions[:rows],
-        success=arrays.success[:rows],
-        starts=arrays.starts[:count],
-        lengths=arrays.lengths[:count],
-        records=arrays.records[:count],
-    )
 
 
 @torch.inference_mode()
@@ -293,29 +369,3 @@ def _one_by_one(
 ) -> torch.Tensor:
     """A metric of many videos, one at a time: in float64 a batch needs buffers that are too large to be reused."""
     return torch.cat([metric(imagined[k : k + 1], real[k : k + 1]) for k in range(len(real))])
-
-
-def _draw_curves(curves: dict[str, NDArray[np.float64]], path: Path, title: str) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for index, (name, curve) in enumerate(curves.items()):
-        style = "--" if "moving" in name else "-"
-        axes.plot(np.arange(1, len(curve) + 1), curve, style, color=f"C{index // 2}", label=name)
-    axes.set(xlabel="frames after the start (5 Hz)", ylabel="PSNR (dB)", title=f"{title}: own frames fed back")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _draw_contact_sheet(real: NDArray[np.uint8], imagined: NDArray[np.uint8], path: Path, rows: int = 6) -> None:
-    """Eleven moments of each of `rows` episodes spread over the set, real above imagined."""
-    moments = np.linspace(0, real.shape[1] - 1, 11).astype(int)
-    chosen = np.linspace(0, len(real) - 1, min(rows, len(real))).astype(int)
-    strips = []
-    for index in chosen:
-        strips += [np.concatenate(list(video[index, moments]), axis=1) for video in (real, imagined)]
-        strips.append(np.full((6, strips[-1].shape[1], 3), 255, np.uint8))
-    iio.imwrite(path, np.concatenate(strips))

@@ -163,7 +163,8 @@ def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_f
 def episode_metrics(peak: NDArray[np.float64], solved: NDArray[np.bool_], threshold: float) -> dict[str, float]:
     """Accuracy, AUROC, recall and false-success rate of "the peak reaches the threshold" against the real outcomes."""
     judged = peak >= threshold
-    auroc = float(binary_auroc(torch.from_numpy(peak), torch.from_numpy(solved).long()))
+    mixed = solved.any() and not solved.all()
+    auroc = float(binary_auroc(torch.from_numpy(peak), torch.from_numpy(solved).long())) if mixed else float("nan")
     return {
         "episodes": float(len(solved)),
         "success_rate": float(solved.mean()),
