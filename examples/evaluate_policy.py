@@ -1,6 +1,7 @@
 """Success rate of a flow policy, in Prophet and in the real LIBERO, from the same starts.
 
 python examples/evaluate_policy.py --simulator libero --split val --repeats 2
+python examples/evaluate_policy.py --policy expert
 """
 
 import argparse
@@ -12,7 +13,12 @@ import torch
 from fagrpo import FlowPolicy
 from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import WEIGHTS
-from prophet_gym.evaluation.policy_success import evaluate_in_libero, evaluate_in_prophet, starts_of
+from prophet_gym.evaluation.policy_success import (
+    evaluate_expert,
+    evaluate_in_libero,
+    evaluate_in_prophet,
+    starts_of,
+)
 
 SIMULATORS = {"prophet": evaluate_in_prophet, "libero": evaluate_in_libero}
 
@@ -20,7 +26,12 @@ SIMULATORS = {"prophet": evaluate_in_prophet, "libero": evaluate_in_libero}
 def main() -> None:
     """Evaluate, print, and write a JSON line if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, default=WEIGHTS / "flow-policy-libero", help="folder of a FlowPolicy")
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        default=WEIGHTS / "flow-policy-libero",
+        help="folder of a FlowPolicy, or 'expert' for the script in the real simulator",
+    )
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--split", choices=("val", "test"), default="val")
@@ -31,16 +42,18 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    policy = FlowPolicy.from_safetensors(arguments.policy)
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
-    result = SIMULATORS[arguments.simulator](
-        policy,
-        arguments.suite,
-        starts,
-        split=arguments.split,
-        seed=arguments.seed,
-        deterministic=arguments.deterministic,
-    )
+    if arguments.policy == Path("expert"):
+        result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
+    else:
+        result = SIMULATORS[arguments.simulator](
+            FlowPolicy.from_safetensors(arguments.policy),
+            arguments.suite,
+            starts,
+            split=arguments.split,
+            seed=arguments.seed,
+            deterministic=arguments.deterministic,
+        )
     print(f"{arguments.policy} in {arguments.simulator}, {arguments.suite} {arguments.split}: {result}")
     if arguments.out:
         record = {key: str(value) for key, value in vars(arguments).items()}

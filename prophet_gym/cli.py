@@ -51,10 +51,10 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
     if arguments.world_model is not None:
         pipeline = load_world_model(arguments.world_model, arguments.device)
-        train, val = (
-            concatenate([arrays, imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed)])
-            for arrays in (train, val)
+        imagined, val = (
+            imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
         )
+        train = concatenate([train, imagined])
     train_success_classifier(
         train,
         val,
@@ -109,7 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--steps", type=int, default=3000)
     reward.add_argument("--learning-rate", type=float, default=1e-3)
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
-    reward.add_argument("--world-model", default=None, help="train on its imagination too, folder or shipped name")
+    reward.add_argument(
+        "--world-model",
+        default=None,
+        help="train on its imagination too, and calibrate there alone: it is what an environment shows",
+    )
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
     reward.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """How often a policy succeeds: in Prophet, and in the real simulator, from the same starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -117,20 +117,56 @@ def evaluate_in_libero(
     Returns:
         The simulator's verdicts, in the order of `starts`.
     """
-    tasks = np.unique(starts[:, 0])
-    jobs = [np.flatnonzero(starts[:, 0] == task) for task in tasks]
+    return _in_processes(_libero_task, (policy, suite, split, seed, deterministic), starts, workers)
+
+
+def evaluate_expert(
+    suite: str, starts: NDArray[np.int64], *, split: str = "val", seed: int = 0, workers: int = 2
+) -> Rollouts:
+    """How often the undisturbed scripted expert stands successful at the end of its 160 control steps.
+
+    Args:
+        suite, starts, split, workers: as in `evaluate_in_libero`. seed: of the expert's own choices.
+    """
+    return _in_processes(_expert_task, (suite, split, seed), starts, workers)
+
+
+def _in_processes(
+    run_task: Callable[..., tuple[NDArray[np.bool_], NDArray[np.uint8]]],
+    arguments: tuple[Any, ...],
+    starts: NDArray[np.int64],
+    workers: int,
+) -> Rollouts:
+    """Share `starts` out by task: each process builds a task's simulation once."""
+    jobs = [np.flatnonzero(starts[:, 0] == task) for task in np.unique(starts[:, 0])]
     success = np.zeros(len(starts), bool)
     videos: list[NDArray[np.uint8]] = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_libero_task, policy, suite, split, starts[job], seed, deterministic) for job in jobs]
+        futures = [pool.submit(run_task, *arguments, starts[job]) for job in jobs]
         for job, future in tqdm(zip(jobs, futures, strict=True), desc="in LIBERO", total=len(jobs), leave=False):
             success[job], video = future.result()
             videos.append(video)
     return Rollouts(success, starts[:, 0], starts[:, 1], videos)
 
 
+def _expert_task(
+    suite: str, split: str, seed: int, starts: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """All episodes of one task, in a worker process."""
+    from prophet_gym.simulators.libero import load_simulation
+    from prophet_gym.simulators.recording import IMAGE_SIZE, EpisodePlan, record_episode
+
+    simulation = load_simulation(suite, int(starts[0, 0]), IMAGE_SIZE)
+    episodes = [
+        record_episode(simulation, EpisodePlan(index, int(task), split, int(state), "clean", False, seed + index))
+        for index, (task, state) in enumerate(starts)
+    ]
+    simulation.close()
+    return np.array([episode.outcome for episode in episodes]), episodes[0].frames
+
+
 def _libero_task(
-    policy: Policy, suite: str, split: str, starts: NDArray[np.int64], seed: int, deterministic: bool
+    policy: Policy, suite: str, split: str, seed: int, deterministic: bool, starts: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
     """All episodes of one task, in a worker process."""
     import torch
