@@ -258,3 +258,18 @@ def test_an_experts_actions_earn_reward_one(suite, task):
             break
     assert terminated and reward == 1.0 and info["is_success"] is True and not truncated
     env.close()
+
+
+def test_success_of_the_expert_and_of_a_policy_that_does_nothing():
+    from prophet_gym.evaluation.policy_success import evaluate_expert, evaluate_in_libero, starts_of
+
+    starts = starts_of([0], [40, 41])
+    expert = evaluate_expert("libero_object", starts, workers=1)
+    assert expert.success.all() and expert.videos[0].shape == (41, 96, 96, 3)
+    idle = evaluate_in_libero(Idle(), "libero_object", starts, workers=1)
+    assert not idle.success.any() and idle.init_state.tolist() == [40, 41]
+
+
+class Idle:
+    def predict(self, observation, *, deterministic=False):
+        return np.repeat(NO_OP[None], len(observation["image"]), axis=0), None

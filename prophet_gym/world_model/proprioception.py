@@ -13,9 +13,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     Recurrent network, one step per low-level action, one call per video frame.
 
     In free motion the end-effector moves almost linearly in its velocity and the action: a linear map predicts the
-    next velocity, and a gated recurrent network corrects it. What the arm meets, it can only see: two small crops
-    around the end-effector, of the frame that the episode began with (nothing hides the objects there) and of the
-    latest one, say where it will be stopped, and how far the fingers close: that is whether a grasp holds.
+    motion and the next velocity, and a gated recurrent network corrects both. What the arm meets, it can only see: two
+    small crops around the end-effector, of the frame that the episode began with (nothing hides the objects there) and
+    of the latest one, say where it will be stopped, and how far the fingers close: that is whether a grasp holds.
 
     The state of a robot is its proprioception, its velocity and a memory, float (B, 2 * proprio_dim + hidden_dim).
 
@@ -49,8 +49,10 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         # Gated: how far an action moves the hand depends on where the arm is.
         self.encoder = nn.Linear(2 * proprio_dim + action_dim + 64, 2 * hidden_dim)
         self.cell = nn.GRUCell(hidden_dim, hidden_dim)
-        self.linear = nn.Linear(proprio_dim + action_dim, proprio_dim)
-        self.head = nn.Sequential(nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, proprio_dim))
+        self.linear = nn.Linear(proprio_dim + action_dim, 2 * proprio_dim)
+        self.correction = nn.Sequential(
+            nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 2 * proprio_dim)
+        )
         # Statistics of the training data; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
@@ -102,8 +104,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             value, gate = self.encoder(inputs).chunk(2, dim=-1)
             hidden = value * nn.functional.silu(gate)
             memory = self.cell(hidden, memory)
-            velocity = self.linear(torch.cat([velocity, action], dim=-1)) + self.head(
-                torch.cat([hidden, memory], dim=-1)
-            )
-            proprio = proprio + velocity * (self.delta_std / config.frame_stride)
+            moved = self.linear(torch.cat([velocity, action], dim=-1))
+            motion, velocity = (moved + self.correction(torch.cat([hidden, memory], dim=-1))).chunk(2, dim=-1)
+            proprio = proprio + motion * (self.delta_std / config.frame_stride)
         return torch.cat([proprio, velocity, memory], dim=-1)
