@@ -19,6 +19,7 @@ from prophet_gym.evaluation.policy_success import (
     evaluate_in_prophet,
     starts_of,
 )
+from prophet_gym.simulators.experts import EXPERT_TASKS
 
 SIMULATORS = {"prophet": evaluate_in_prophet, "libero": evaluate_in_libero}
 
@@ -44,6 +45,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
     if arguments.policy == Path("expert"):
+        arguments.simulator = "libero"
+        starts = starts_of(EXPERT_TASKS[arguments.suite], SPLITS[arguments.split], arguments.repeats)
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
         result = SIMULATORS[arguments.simulator](

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Iterable
@@ -36,13 +37,16 @@ from fagrpo.policies import FlowPolicy
 from fagrpo.rollout_buffer import ADVANTAGES, GroupRolloutBuffer, GroupRolloutSamples
 
 FLOW_SCALES = ("none", "paper", "equalizing")
-RATIO_TOLERANCE = 1e-4
+RATIO_TOLERANCE = 1e-5
+MIN_ROWS = 8
+"""Sampling and scoring never compute fewer rows at a time: libraries round products of fewer rows differently, and over
+hundreds of dimensions times flow steps the ratio would show it."""
 
 
 def _pause(env: VecEnv, rows: np.ndarray) -> None:
-    """Tell an environment that computes all its robots in one call which of them nobody waits for."""
-    if env.has_attr("paused"):
-        env.set_attr("paused", rows)
+    """Tell a VecEnv that computes all its robots in one call which of them nobody waits for."""
+    if hasattr(env.unwrapped, "paused"):
+        env.unwrapped.paused = rows
 
 
 def _layout(space: spaces.Space) -> Any:
@@ -65,8 +69,9 @@ class FAGRPO(OnPolicyAlgorithm):
 
     With a VecEnv of n_envs environments, each group of ``group_size`` neighbouring ones is reset with one seed. With
     fewer environments than a group, the group is collected in several rounds, down to consecutive episodes of a single
-    environment. While the last episodes of a rollout end, the other environments idle; one that has an attribute
-    ``paused``, bool (n_envs,), is told which.
+    environment. While the last episodes of a rollout end, the other environments idle; a VecEnv that itself has an
+    attribute ``paused``, bool (n_envs,), is told which. Rewards are taken as the environments give them, also behind
+    ``VecNormalize``, whose running scale would make equal returns differ; group normalisation does the scaling.
 
     :param policy: "FlowPolicy" or "FlowMultiInputPolicy", a FlowPolicy class, or a FlowPolicy instance (say, a cloned
         one), whose settings and weights are copied
@@ -74,8 +79,8 @@ class FAGRPO(OnPolicyAlgorithm):
         "executed_actions" (int n), only the first n actions of the chunk (first axis of the action) are scored.
     :param learning_rate: float, or a function of the remaining progress (1 to 0)
     :param group_size: G, rollouts per start
-    :param n_groups: starts per rollout; None: n_envs // group_size, at least 1. n_groups * group_size must be a
-        multiple of n_envs.
+    :param n_groups: starts per rollout; n_groups * group_size must be a multiple of n_envs. None: as few as fill the
+        environments
     :param n_steps: None: a rollout is one whole episode per group member. An int: exactly n_steps steps per
         environment, as SB3's other algorithms; environments of a group begin together, later episodes are compared by
         their number, and episodes cut off by the end are left out unless they are an environment's first.
@@ -255,6 +260,7 @@ class FAGRPO(OnPolicyAlgorithm):
         self._initial_policy: FlowPolicy | None = initial_policy
         self._random_state: dict[str, Any] | None = None
         self._rollout_start: dict[str, Any] | None = None
+        self._lonely_groups = False
         if _init_setup_model:
             self._setup_model()
 
@@ -262,14 +268,10 @@ class FAGRPO(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
+        self.set_random_seed(self.seed)  # makes _generator and _start_rng
         self.clip_range = FloatSchedule(self.clip_range)
         if self.clip_range_high is not None:
             self.clip_range_high = FloatSchedule(self.clip_range_high)
-        entropy = np.random.SeedSequence(self.seed)
-        torch_seed, start_seed = entropy.spawn(2)
-        self._generator = torch.Generator().manual_seed(int(torch_seed.generate_state(1)[0]))
-        self._start_rng = np.random.default_rng(start_seed)
 
         self.rollout_buffer = GroupRolloutBuffer()
         self.policy = self.policy_class(
@@ -291,6 +293,16 @@ class FAGRPO(OnPolicyAlgorithm):
         if self.env is not None and self.n_steps is None:
             self._count_groups(self.env)
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed everything random: what SB3 seeds, the flow's noise, the order of minibatches and the groups' starts.
+
+        :param seed: None: from the operating system
+        """
+        super().set_random_seed(seed)
+        torch_seed, start_seed = np.random.SeedSequence(seed).spawn(2)
+        self._generator = torch.Generator().manual_seed(int(torch_seed.generate_state(1)[0]))
+        self._start_rng = np.random.default_rng(start_seed)
+
     def _copy_initial_policy(self, initial: FlowPolicy) -> None:
         # The bounds of an observation may differ: a policy that was cloned from recordings does not know them.
         same_observations = _layout(initial.observation_space) == _layout(self.policy.observation_space)
@@ -309,12 +321,11 @@ class FAGRPO(OnPolicyAlgorithm):
         self._has_reference = True
 
     def _count_groups(self, env: VecEnv) -> int:
-        n_groups = self.n_groups or max(1, env.num_envs // self.group_size)
+        n_groups = self.n_groups or math.lcm(env.num_envs, self.group_size) // self.group_size
         if (n_groups * self.group_size) % env.num_envs:
             raise ValueError(
                 f"{n_groups} groups of {self.group_size} rollouts do not divide over {env.num_envs} environments: "
-                "make n_envs a divisor or a multiple of group_size, or set n_groups so that n_groups * group_size is a "
-                "multiple of n_envs"
+                "set n_groups so that n_groups * group_size is a multiple of n_envs, or leave it out"
             )
         return n_groups
 
@@ -350,6 +361,14 @@ class FAGRPO(OnPolicyAlgorithm):
         if cut_off is None:
             return False
         statistics = rollout_buffer.finish(self.gamma, self.advantage, self.advantage_eps, cut_off)
+        if statistics["largest_group"] < 2 and not self._lonely_groups:
+            self._lonely_groups = True
+            warnings.warn(
+                "No group of this rollout has two finished episodes to compare, so there is nothing to learn from it. "
+                "Collect more steps (n_steps), use more environments, or leave n_steps out: whole episodes.",
+                UserWarning,
+                stacklevel=2,
+            )
         self.logger.record("rollout/return_mean", statistics["return_mean"])
         self.logger.record("rollout/group_success_std", statistics["group_success_std"])
         self.logger.record("rollout/informative_groups", statistics["informative_groups"])
@@ -455,13 +474,24 @@ class FAGRPO(OnPolicyAlgorithm):
         else:
             row_obs = obs[rows]  # type: ignore[call-overload, index]
         chain = self.policy.sample(
-            obs_as_tensor(row_obs, self.device), self.noise_level, self.noise_schedule, self._generator, self._sde_steps
+            obs_as_tensor(row_obs, self.device),
+            self.noise_level,
+            self.noise_schedule,
+            self._generator,
+            self._sde_steps,
+            min_rows=MIN_ROWS,
         )
         assert isinstance(self.action_space, spaces.Box)
         middle = (self.action_space.low + self.action_space.high) / 2
         actions = np.repeat(middle[None].astype(self.action_space.dtype), env.num_envs, axis=0)
         actions[rows] = self.policy.clip_action(self.policy.unnormalize_action(chain.sample).cpu().numpy())
         new_obs, rewards, dones, infos = env.step(actions)
+        if self._vec_normalize_env is not None:
+            rewards = self._vec_normalize_env.get_original_reward()
+        # Callbacks are not to count what idle environments do.
+        idle = np.ones(env.num_envs, dtype=bool)
+        idle[rows] = False
+        rewards, dones = np.where(idle, 0.0, rewards), dones & ~idle
         self.num_timesteps += env.num_envs
         callback.update_locals(locals())
         if not callback.on_step():
@@ -538,6 +568,8 @@ class FAGRPO(OnPolicyAlgorithm):
                 if stop:
                     break
                 values["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+                if not math.isfinite(values["grad_norm"]):
+                    raise FloatingPointError("the gradient is not finite; lower learning_rate or clip_range")
                 self.policy.optimizer.step()
             self._n_updates += 1
             if stop:
@@ -548,7 +580,7 @@ class FAGRPO(OnPolicyAlgorithm):
         self._rollout_start = None
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name in ("loss", "policy_loss", "kl_loss", "bc_loss", "approx_kl", "clip_fraction", "grad_norm"):
+        for name in ("loss", "policy_gradient_loss", "kl_loss", "bc_loss", "approx_kl", "clip_fraction", "grad_norm"):
             recorded = [values[name] for values in statistics if name in values]
             if recorded:
                 self.logger.record(f"train/{name}", float(np.mean(recorded)))
@@ -568,13 +600,13 @@ class FAGRPO(OnPolicyAlgorithm):
         for begin in range(0, len(batch), size):
             rows = batch.rows(slice(begin, begin + size))
             chain, share = rows.chain, len(rows) / len(batch)
-            context = self.policy.encode(rows.observations)
+            context = self.policy.encode(rows.observations, min_rows=MIN_ROWS)
             velocities: list[Tensor] = []
 
             def velocity(
                 x: Tensor, t: Tensor, context: Tensor = context, velocities: list[Tensor] = velocities
             ) -> Tensor:
-                result = self.policy.velocity(x, t, context)
+                result = self.policy.velocity(x, t, context, min_rows=MIN_ROWS)
                 result.retain_grad()
                 velocities.append(result)
                 return result
@@ -591,10 +623,14 @@ class FAGRPO(OnPolicyAlgorithm):
             if self.ratio == "dim":
                 advantages = advantages.reshape((-1,) + (1,) * (log_ratio.ndim - 1))
             objective = clipped_objective(log_ratio, advantages, clip_low, clip_high, self.dual_clip)
+            counted = torch.ones_like(objective, dtype=torch.bool)
+            if self.ratio == "dim":
+                counted = rows.action_mask
+                objective = torch.where(counted, objective, 0.0)
             # Sum over the ratios of an action, mean over actions: at ratio 1 all three kinds have the same gradient.
             policy_loss = -objective.sum() / len(rows)
             loss = policy_loss
-            values = {"policy_loss": policy_loss.item()}
+            values = {"policy_gradient_loss": policy_loss.item()}
             if self.kl_coef > 0:
                 kl = self._reference_kl(rows, means, stds)
                 loss = loss + self.kl_coef * kl
@@ -610,7 +646,8 @@ class FAGRPO(OnPolicyAlgorithm):
                 ratio = log_ratio.exp()
                 action_log_ratio = torch.where(rows.action_mask, difference, 0.0).sum(0).flatten(1).sum(1)
                 values["approx_kl"] = (action_log_ratio.exp() - 1 - action_log_ratio).mean().item()
-                values["clip_fraction"] = ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean().item()
+                clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+                values["clip_fraction"] = clipped[counted].float().mean().item()
                 largest = log_ratio.flatten()[log_ratio.abs().argmax()].item()
                 extreme = max(extreme, largest, key=abs)
                 for i, value in enumerate(velocities):
@@ -626,8 +663,8 @@ class FAGRPO(OnPolicyAlgorithm):
         assert self.reference_policy is not None
         reference = self.reference_policy
         with torch.no_grad():
-            context = reference.encode(rows.observations)
-            reference_means = chain_means(lambda x, t: reference.velocity(x, t, context), rows.chain)
+            context = reference.encode(rows.observations, min_rows=MIN_ROWS)
+            reference_means = chain_means(lambda x, t: reference.velocity(x, t, context, min_rows=MIN_ROWS), rows.chain)
         divergence = gaussian_kl(means, reference_means, stds)
         return torch.where(rows.action_mask, divergence, 0.0).sum() / len(rows)
 
@@ -670,7 +707,17 @@ class FAGRPO(OnPolicyAlgorithm):
         """Train until at least ``total_timesteps`` environment steps (of all environments) were taken; see SB3."""
         if self.kl_coef > 0 and self.reference_policy is None:
             self._make_reference()
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        self._ratio_checked = self._lonely_groups = False
+        super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        self._rollout_start = None  # a callback may have ended training amid a rollout, for good
+        return self
+
+    def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
+        """Load parameters from a file or a dict, see SB3; a reference policy among them is made first."""
+        names = load_path_or_dict if isinstance(load_path_or_dict, dict) else {}
+        if "reference_policy" in names and self.reference_policy is None:
+            self._make_reference()
+        super().set_parameters(load_path_or_dict, exact_match, device)
 
     def save(
         self,
@@ -692,7 +739,15 @@ class FAGRPO(OnPolicyAlgorithm):
             self._random_state = self._rollout_start["random_state"]
             self.num_timesteps = self._rollout_start["num_timesteps"]
         try:
-            super().save(path, exclude, include)
+            if isinstance(path, str | pathlib.Path):
+                # Never half a file under the final name: a run is killed when it likes.
+                path = pathlib.Path(path)
+                final = path if path.suffix else path.with_name(f"{path.name}.zip")
+                temporary = final.with_name(f".{final.name}.tmp.zip")
+                super().save(temporary, exclude, include)
+                os.replace(temporary, final)
+            else:
+                super().save(path, exclude, include)
         finally:
             self.num_timesteps = num_timesteps
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 RATIOS = ("chunk", "dim", "flow_step")
 PLACEMENTS = ("advantage", "log_prob")
+MAX_LOG_RATIO = 20.0
+"""Beyond this the ratio's exponential overflows, and its gradient is not a number although the clipped value is."""
 
 
 def aggregate_log_ratio(
@@ -51,7 +53,7 @@ def clipped_objective(
     :param dual_clip: c, or None
     :return: the broadcast shape
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)

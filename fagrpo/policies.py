@@ -131,16 +131,22 @@ class FlowPolicy(BasePolicy):
 
     # ---- observations and actions
 
-    def encode(self, obs: PyTorchObs) -> Tensor:
+    def encode(self, obs: PyTorchObs, min_rows: int = 1) -> Tensor:
         """Context of a batch of observations, computed once for all flow steps.
 
         :param obs: tensor or dict of tensors as the environment gives them (uint8 images, channels first or last)
+        :param min_rows: a smaller batch is filled up for the computation, so that it is rounded like a larger one
         :return: (B, C)
         """
         obs = self._transpose_images(obs)
+        rows = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        if isinstance(obs, dict):
+            obs = {key: _fill_up(value, min_rows) for key, value in obs.items()}
+        else:
+            obs = _fill_up(obs, min_rows)
         prepared = preprocess_obs(self._used(obs), self._used_space(), normalize_images=self.normalize_images)
         context: Tensor = self.features_extractor(prepared)
-        return context
+        return context[:rows]
 
     def _used(self, obs: PyTorchObs) -> PyTorchObs:
         keys = self._constructor["observation_keys"]
@@ -186,10 +192,10 @@ class FlowPolicy(BasePolicy):
 
     # ---- the flow
 
-    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """v(x_t, t, context): x_t (B, \\*A), t (B,), context (B, C) -> float32 (B, \\*A)."""
-        velocity: Tensor = self.flow_head(x_t, t, context)
-        return velocity.float()
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor, min_rows: int = 1) -> Tensor:
+        """v(x_t, t, context): x_t (B, \\*A), t (B,), context (B, C) -> float32 (B, \\*A); min_rows as in `encode`."""
+        velocity: Tensor = self.flow_head(*(_fill_up(value, min_rows) for value in (x_t, t, context)))
+        return velocity[: len(x_t)].float()
 
     def sample(
         self,
@@ -198,6 +204,7 @@ class FlowPolicy(BasePolicy):
         schedule: str = "flow",
         generator: torch.Generator | None = None,
         sde_steps: Sequence[int] | None = None,
+        min_rows: int = 1,
     ) -> FlowChain:
         """Sample a chain per observation with the SDE sampler, in flow units.
 
@@ -206,16 +213,17 @@ class FlowPolicy(BasePolicy):
         :param schedule: "flow" or "constant"
         :param generator: of the initial noise and the transitions; None: torch's global one
         :param sde_steps: stochastic flow steps; None: all
+        :param min_rows: as in :meth:`encode`; scoring must use the same
         :return: chain of B rows, in flow units: act with ``unnormalize_action(chain.sample)``
         """
         with torch.no_grad():
-            context = self.encode(obs)
+            context = self.encode(obs, min_rows)
             noise_device = context.device if generator is None else generator.device
             noise = torch.randn((len(context), *self.action_shape), generator=generator, device=noise_device).to(
                 context.device
             )
             return sample_chain(
-                lambda x, t: self.velocity(x, t, context),
+                lambda x, t: self.velocity(x, t, context, min_rows),
                 noise,
                 self.num_flow_steps,
                 noise_level,
@@ -332,6 +340,12 @@ class FlowPolicy(BasePolicy):
         if not all(bool(torch.isfinite(value).all()) for value in policy.state_dict().values()):
             raise ValueError(f"{folder / WEIGHTS_NAME} holds NaN or infinite weights")
         return policy.to(device)
+
+
+def _fill_up(value: Tensor, min_rows: int) -> Tensor:
+    """Repeat the last row until there are min_rows."""
+    missing = min_rows - len(value)
+    return value if missing <= 0 else torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
 
 
 def _to_channels_first(value: Tensor, space: spaces.Space) -> Tensor:

@@ -120,7 +120,7 @@ class GroupRolloutBuffer:
         :param eps: see :func:`fagrpo.advantages.group_advantages`
         :param drop_episodes: episodes to leave out (cut off by the end of the collection)
         :return: return_mean, group_success_std (mean over groups of the std of is_success, or of returns where the
-            environment reports no success), informative_groups, groups
+            environment reports no success), informative_groups, groups, largest_group (episodes)
         :raises ValueError: an unknown kind of advantage, or an empty buffer
         """
         if advantage not in ADVANTAGES:
@@ -159,7 +159,9 @@ class GroupRolloutBuffer:
             row_advantages[torch.from_numpy(row_kept)] = values.float()
             row_mask[row_kept] = mask.numpy()
 
-        outcomes = np.array([self.successes.get(int(name), value) for name, value in zip(names, returns, strict=True)])
+        outcomes = returns
+        if self.successes:
+            outcomes = np.array([float(self.successes.get(int(name), False)) for name in names])
         spreads = [outcomes[kept & (groups == group)].std() for group in np.unique(groups[kept])]
         index = torch.from_numpy(np.flatnonzero(row_mask))
         self._keep(index, row_advantages.float())
@@ -169,6 +171,7 @@ class GroupRolloutBuffer:
             "group_success_std": float(np.mean(spreads)) if spreads else float("nan"),
             "informative_groups": float(len(informative)),
             "groups": float(len(spreads)),
+            "largest_group": float(np.bincount(groups[kept]).max(initial=0)),
         }
 
     def _keep(self, index: Tensor, advantages: Tensor) -> None:

@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
     evaluate.add_argument("--reward-model", default="reward-libero", help="folder, or the name of a shipped one")
     evaluate.add_argument("--split", default="val", choices=("val", "test"))
-    evaluate.add_argument("--episodes", type=int, default=None, help="at most this many of each data set")
+    evaluate.add_argument("--episodes", type=int, default=None, help="at most this many of each suite")
     evaluate.set_defaults(run=_evaluate)
     return parser
 

@@ -20,6 +20,9 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
+MAX_SKIPPED = 20
+"""Batches in a row without a finite gradient, after which training gives up."""
+
 LossFn = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -62,11 +65,15 @@ def fit(
         seed: of the random stream.
         ema_decay, weight_decay: as usual. checkpoint_every: steps between checkpoints.
         validate: called with the EMA weights in place every `validate_every` steps and at the end.
+
+    Raises:
+        FloatingPointError: the gradient of many batches in a row is not finite; one such batch is left out.
     """
     if (out / name).exists():
         module.load_state_dict(type(module).from_pretrained(out / name).state_dict())
         return
-    accelerator = Accelerator(mixed_precision=best_precision(next(module.parameters()).device))
+    device = next(module.parameters()).device
+    accelerator = Accelerator(mixed_precision=best_precision(device), cpu=device.type == "cpu", device_placement=False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=min(warmup_steps, steps // 10), num_training_steps=steps
@@ -74,6 +81,9 @@ def fit(
     ema = EMAModel(module.parameters(), decay=ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
     accelerator.register_for_checkpointing(ema)
+    # `loss_fn` runs in autocast; outside of it, in validation and in later stages, the module keeps its own precision.
+    for name_of_forward in ("forward", "_original_forward"):
+        vars(module).pop(name_of_forward, None)
 
     checkpoint = out / "checkpoints" / name
     previous = checkpoint.with_name(f"{name}.previous")
@@ -82,10 +92,12 @@ def fit(
     start = 0
     if checkpoint.exists():
         accelerator.load_state(str(checkpoint))
+        ema.to(device)
         start = json.loads((checkpoint / "progress.json").read_text())["step"]
         logger.info("%s: resumed at step %d of %d", name, start, steps)
 
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=start or None)
+    skipped = 0
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5.0)
     for step in progress:
         model.train()
@@ -94,7 +106,14 @@ def fit(
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        skipped = 0 if torch.isfinite(norm) else skipped + 1  # one batch may overflow; a run must not
+        if skipped == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{name}: the gradient of the last {MAX_SKIPPED} batches is not finite (step {step}): lower the "
+                "learning rate, or look for non-finite data. The last checkpoint is intact."
+            )
+        if not skipped:
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         ema.step(module.parameters())

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
 from fagrpo.objective import aggregate_log_ratio, clipped_objective
@@ -290,7 +293,7 @@ def test_what_is_logged(cloned: FlowPolicy, flow_scale: str) -> None:
     assert names <= set().union(*rows)
     for name in (
         "loss",
-        "policy_loss",
+        "policy_gradient_loss",
         "kl_loss",
         "approx_kl",
         "clip_fraction",
@@ -382,7 +385,7 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
         ({"group_size": 1}, "group_size"),
         ({"n_epochs": 0}, "n_epochs"),
         ({"dual_clip": 0.5}, "dual_clip"),
-        ({"group_size": 5}, "do not divide"),
+        ({"group_size": 5, "n_groups": 3}, "do not divide"),
         ({"sde_window": 11}, "sde_window"),
         ({"action_mask": np.ones(3)}, "action_mask"),
     ],
@@ -416,12 +419,13 @@ class PausingVecEnv(DummyVecEnv):
         super().__init__(env_fns)
         self.told: list[list[bool]] = []
 
-    def has_attr(self, attr_name: str) -> bool:
-        return attr_name == "paused" or super().has_attr(attr_name)
+    @property
+    def paused(self) -> list[bool]:
+        return self.told[-1] if self.told else []
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        assert attr_name == "paused"
-        self.told.append(np.asarray(value).tolist())
+    @paused.setter
+    def paused(self, paused: np.ndarray) -> None:
+        self.told.append(paused.tolist())
 
 
 def test_environments_whose_episode_is_over_are_paused() -> None:
@@ -430,3 +434,109 @@ def test_environments_whose_episode_is_over_are_paused() -> None:
     model.learn(12)
     waiting = [True, False, True, False]
     assert env.told == [[False] * 4, waiting, waiting, [False] * 4]
+
+
+class Chunks(gym.Env):
+    """A robot's chunk of 8 x 7 actions, two steps an episode; pays for the first number."""
+
+    observation_space = spaces.Box(-4, 4, (16,), np.float32)
+    action_space = spaces.Box(-1, 1, (8, 7), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.time = 0
+        return self.np_random.uniform(-1, 1, 16).astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.time += 1
+        return self.np_random.uniform(-1, 1, 16).astype(np.float32), float(action[0, 0]), False, self.time >= 2, {}
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 16])
+@pytest.mark.parametrize("batch_size", [1, 7, None])
+def test_the_first_ratio_is_one_at_a_robots_scale(num_envs: int, batch_size: int | None) -> None:
+    """560 Gaussians an action, at ten flow steps, in batches that a library may round in its own way."""
+    model = FAGRPO("FlowPolicy", DummyVecEnv([Chunks] * num_envs), group_size=4, batch_size=batch_size, seed=0)
+    recorder = Recorder()
+    model.set_logger(Logger(None, [recorder]))
+    model.learn(1)
+    model.logger.dump()
+    assert recorder.rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_running_reward_scale_does_not_make_equal_returns_differ(cloned: FlowPolicy) -> None:
+    """Every episode pays 1, sooner or later; behind VecNormalize too nothing is to be learned from that."""
+
+    class PaysOne(PointReach):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            obs, *_ = super().step(action)
+            done = self.time >= self.horizon
+            return obs, float(done), done, False, {}
+
+    envs = DummyVecEnv([lambda horizon=1 + i % 3: PaysOne(horizon) for i in range(8)])
+    model = FAGRPO(cloned, VecNormalize(envs, norm_obs=False), group_size=8, seed=0, max_episode_steps=3)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    model.learn(24)
+    assert all(torch.equal(value, before[key]) for key, value in model.policy.state_dict().items())
+
+
+@pytest.mark.parametrize(("advantage", "dual_clip"), [(1.0, None), (-1.0, None), (-1.0, 3.0)])
+def test_an_enormous_ratio_has_a_finite_gradient(advantage: float, dual_clip: float | None) -> None:
+    log_ratio = torch.tensor([300.0, -300.0], requires_grad=True)
+    clipped_objective(log_ratio, torch.tensor(advantage), 0.2, 0.2, dual_clip).sum().backward()
+    assert log_ratio.grad is not None and torch.isfinite(log_ratio.grad).all()
+
+
+def test_a_callback_that_ends_training_does_not_turn_back_the_counter(cloned: FlowPolicy, tmp_path: Path) -> None:
+    model = FAGRPO(cloned, point_envs(8), group_size=8, seed=0, max_episode_steps=3)
+    model.learn(1000, callback=StopTrainingOnMaxEpisodes(1))
+    model.save(tmp_path / "model")
+    assert FAGRPO.load(tmp_path / "model").num_timesteps == model.num_timesteps > 0
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_file(
+    cloned: FlowPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAGRPO(cloned, point_envs(8), group_size=8, seed=0, max_episode_steps=3)
+    model.save(tmp_path / "model")
+
+    def killed(self: Any, path: Path, *arguments: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OnPolicyAlgorithm, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(tmp_path / "model.zip")
+    assert FAGRPO.load(tmp_path / "model").group_size == 8
+
+
+def test_a_group_of_one_is_reported(cloned: FlowPolicy) -> None:
+    model = FAGRPO(cloned, point_envs(1, radius=0.0), group_size=4, n_steps=2, seed=0)
+    with pytest.warns(UserWarning, match="No group of this rollout has two"):
+        model.learn(2)
+
+
+def test_seeding_a_made_model_seeds_its_noise_and_its_starts(cloned: FlowPolicy) -> None:
+    first, second = (FAGRPO(cloned, point_envs(8), group_size=8, max_episode_steps=3) for _ in range(2))
+    for model in (first, second):
+        model.set_random_seed(3)
+        model.learn(1)
+    one, other = first.policy.state_dict(), second.policy.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_any_number_of_environments_does(cloned: FlowPolicy) -> None:
+    model = FAGRPO(cloned, point_envs(3, radius=0.0), group_size=4, seed=0, max_episode_steps=3)
+    model.learn(1)
+    assert model.num_timesteps == 12 * 3  # 3 groups of 4, in four rounds of 3 environments
+
+
+def test_a_reference_policy_comes_with_the_parameters(cloned: FlowPolicy) -> None:
+    first, second = (
+        FAGRPO(cloned, point_envs(8), group_size=8, kl_coef=0.1, seed=0, max_episode_steps=3) for _ in range(2)
+    )
+    first.learn(1)
+    second.set_parameters(first.get_parameters())
+    assert first.reference_policy is not None and second.reference_policy is not None
+    for one, other in zip(first.reference_policy.parameters(), second.reference_policy.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, concatenate, subset
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.training import fit
+from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model import (
     ProphetAutoencoder,
     ProphetPipeline,
@@ -374,6 +374,23 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     resumed = run(tmp_path / "killed", None)
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_training_leaves_out_a_batch_without_a_finite_gradient_and_gives_up_after_many(tmp_path: Path) -> None:
+    model = ProprioceptionModel(hidden_dim=8)
+    loss_fn = proprioception_loss(model, episodes(4), torch.zeros(4, 3, 4), 8)
+
+    def overflowing(first: int, last: int) -> LossFn:
+        def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            value, logs = loss_fn(step, generator)
+            return (value * float("nan") if first <= step < last else value), logs
+
+        return loss
+
+    fit("once", model, overflowing(2, 3), tmp_path, steps=5, learning_rate=1e-2, seed=0)
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit("always", model, overflowing(2, 99), tmp_path, steps=99, learning_rate=1e-2, seed=0)
 
 
 def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ class ProphetVecEnv(VecEnv):
         self._actions: NDArray[np.float32] | None = None
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
+    @property
+    def paused(self) -> NDArray[np.bool_]:
+        """bool (num_envs,), see :class:`ProphetVectorEnv`; FAGRPO sets it."""
+        return self.envs.paused
+
+    @paused.setter
+    def paused(self, paused: NDArray[np.bool_]) -> None:
+        self.envs.paused = paused
+
     def reset(self) -> VecEnvObs:
         """Begin an episode in every env, with the seeds and options set since the last reset."""
         obs, infos = self.envs.reset(seed=self._seeds, options=self._options)

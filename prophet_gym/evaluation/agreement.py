@@ -24,7 +24,7 @@ from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
-from prophet_gym.world_model.action_conditioning import draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
@@ -56,7 +56,9 @@ class Verdicts:
 
     def report(self, threshold: float) -> dict[str, dict[str, dict[str, float]]]:
         """`episode_metrics` of each of the three, over all episodes and by kind."""
-        groups = {"all": np.ones(len(self.kind), bool)} | {str(kind): self.kind == kind for kind in set(self.kind)}
+        groups = {"all": np.ones(len(self.kind), bool)} | {
+            str(kind): self.kind == kind for kind in np.unique(self.kind)
+        }
         return {
             group: {
                 name: episode_metrics(getattr(self, name)[rows], self.solved[rows], limit)
@@ -226,13 +228,13 @@ def actions_report(
     """Does the video depend on the actions? PSNR (dB) against the real video, over whole episodes, of what is imagined
     from the episode's own actions, from those of another episode, and from none (the arm is told to stay)."""
     count = min(COUNTERFACTUAL_EPISODES, len(real))
-    rows = frame_rows(arrays, torch.arange(count), pipeline.chunk_frames)
+    rows = frame_rows(arrays, torch.arange(len(real)), pipeline.chunk_frames)[:count]
     own = arrays.actions[rows[:, :-1]].flatten(1, 2)
     stay = torch.zeros_like(own)
     stay[..., -1] = -1.0
     report = {"episodes": float(count)}
     for name, actions in (("own", None), ("swapped", own.roll(1, dims=0)), ("none", stay)):
-        video = imagined[:count, : rows.shape[1]]
+        video = imagined[:count]
         if actions is not None:
             video = pipeline.replay(
                 arrays.frames[rows[:, 0]],
@@ -241,7 +243,7 @@ def actions_report(
                 [record.suite for record in arrays.records[:count]],
                 [torch.Generator().manual_seed(one) for one in episode_seeds(torch.arange(count), seed)],
             )[0].numpy()
-        report[f"psnr_{name}"] = float(_one_by_one(psnr, video, real[:count, : rows.shape[1]])[:, 1:].mean())
+        report[f"psnr_{name}"] = float(_one_by_one(psnr, video, real[:count])[:, 1:].clamp(max=60).mean())
     return report
 
 
@@ -317,11 +319,19 @@ def _reconstruct(
     """The clips (N, T + 1, H, W, 3), encoded and decoded: the best that this autoencoder can show."""
     projections = pipeline.projection([record.suite for record in arrays.records[: len(real)]])
     poses = arrays.proprio[arrays.starts[: len(real), None] + torch.arange(real.shape[1])]
+    latest = (torch.arange(real.shape[1]) - 1).clamp(min=0)
+    latest -= latest % pipeline.chunk_frames  # the frame that each chunk began from
     clips = []
     for rows in torch.arange(len(real)).split(batch_size):
         pixels = frames_to_pixels(torch.from_numpy(real)[rows]).to(pipeline.device)
         drawn = draw_action_frames(poses[rows], projections[rows], pipeline.image_size).to(pipeline.device)
-        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], action_frames=drawn)).cpu())
+        shift = displacement(
+            poses[rows][:, latest, :3].flatten(0, 1),
+            poses[rows][:, :, :3].flatten(0, 1)[:, None],
+            projections[rows].repeat_interleave(len(latest), dim=0),
+        ).to(pipeline.device)
+        carried = carry(pixels[:, latest].flatten(0, 1), shift)[:, 0].unflatten(0, pixels.shape[:2])
+        clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], carried, drawn)).cpu())
     return torch.cat(clips).numpy()
 
 
@@ -356,7 +366,8 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
     states = [pipeline.init_state(proprio[:, 0])]
     for frame in range(1, length):
-        latest = frames_to_pixels(arrays.frames[index[:, frame - 1]]).to(pipeline.device)
+        shown = frame - 1 - (frame - 1) % pipeline.chunk_frames
+        latest = frames_to_pixels(arrays.frames[index[:, shown]]).to(pipeline.device)
         state = pipeline.proprioception(states[-1], actions[:, frame - 1], start, latest, projection)
         states.append(torch.cat([proprio[:, frame], state[:, proprio.shape[2] :]], dim=1))
     return torch.stack(states, dim=1)

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def write_report(report: Path, results: dict[str, Any]) -> None:
         ):
             if path.exists():
                 parts.append(element.format(base64.b64encode(path.read_bytes()).decode()))
-    for name, text in (("report.html", "\n".join(parts)), ("results.json", json.dumps(results, indent=1))):
+    for name, text in (
+        ("report.html", "\n".join(parts)),
+        ("results.json", json.dumps(_without_nan(results), indent=1)),
+    ):
         temporary = report / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, report / name)
@@ -60,10 +64,21 @@ _STYLE = (
 )
 
 
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is not defined (a rate of nothing) becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _table(content: dict[str, Any]) -> str:
     """Numbers by name, or by row and column: nested dicts become rows, the innermost ones columns."""
     if not any(isinstance(value, dict) for value in content.values()):
-        rows = "".join(f"<tr><td>{name}</td><td>{value:.3f}</td></tr>" for name, value in content.items())
+        rows = "".join(f"<tr><td>{name}</td><td>{_number(value)}</td></tr>" for name, value in content.items())
         return f"<table>{rows}</table>"
     lines: dict[str, dict[str, float]] = {}
     for outer, inner in content.items():
@@ -72,7 +87,7 @@ def _table(content: dict[str, Any]) -> str:
     columns = list(next(iter(lines.values())))
     head = "".join(f"<th>{column}</th>" for column in ("", *columns))
     body = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{numbers[column]:.3f}</td>' for column in columns)}</tr>"
+        f"<tr><td>{name}</td>{''.join(f'<td>{_number(numbers[column])}</td>' for column in columns)}</tr>"
         for name, numbers in lines.items()
     )
     return f"<table><tr>{head}</tr>{body}</table>"

@@ -155,13 +155,18 @@ def record_episode(simulation: LiberoSimulation, plan: EpisodePlan, policy: Poli
     expert = PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
     noise_rng = np.random.default_rng([plan.seed, 2])
     noise = ActionNoise(noise_rng.uniform(0.0, POLICY_NOISE), noise_rng)
-    instruction = embed_instructions([simulation.instruction])
+    if plan.recipe == "policy" and policy is None:
+        raise ValueError("The plan's recipe is 'policy': pass the policy that acts.")
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
     for step in range(CONTROL_STEPS):
         if expert is not None:
             actions[step] = expert.act()
         elif policy is not None and step % CHUNK_SIZE == 0:
-            observation = {"image": frames[-1][None], "proprio": proprio[-1][None], "instruction": instruction}
+            observation = {
+                "image": frames[-1][None],
+                "proprio": proprio[-1][None],
+                "instruction": embed_instructions([simulation.instruction]),
+            }
             chunk = policy.predict(observation)[0][0]
             chunk[:, :6] += [noise() for _ in range(CHUNK_SIZE)]
             actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0)

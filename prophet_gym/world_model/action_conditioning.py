@@ -107,8 +107,9 @@ def carry(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     source = torch.stack([columns, rows], dim=-1) - shift[:, :, None, None]  # (B, F, h, w, 2)
     grid = (2 * source + 1) / torch.tensor([width, height], device=images.device) - 1
     repeated = images[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
-    shifted = F.grid_sample(repeated, grid.flatten(0, 1).to(images.dtype), padding_mode="border", align_corners=False)
-    return shifted.unflatten(0, (batch, frames))
+    # In float32: a grid in lower precision would blur, a little more with every chunk.
+    shifted = F.grid_sample(repeated.float(), grid.flatten(0, 1), padding_mode="border", align_corners=False)
+    return shifted.to(images.dtype).unflatten(0, (batch, frames))
 
 
 def look_around(images: torch.Tensor, position: torch.Tensor, projection: torch.Tensor, size: int) -> torch.Tensor:
@@ -130,5 +131,6 @@ def look_around(images: torch.Tensor, position: torch.Tensor, projection: torch.
 
 def _project(points: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """Pixel coordinates (B, F, L, 2) of world points (B, F, L, 3) seen by cameras (B, 3, 4)."""
-    homogeneous = torch.einsum("bij,bflj->bfli", projection[:, :, :3], points) + projection[:, None, None, :, 3]
+    # No matrix product: autocast would round it to a quarter of a pixel.
+    homogeneous = (projection[:, None, None, :, :3] * points[..., None, :]).sum(-1) + projection[:, None, None, :, 3]
     return homogeneous[..., :2] / homogeneous[..., 2:].clamp(min=1e-3)

@@ -77,8 +77,9 @@ class ProphetPipeline(DiffusionPipeline):
         control_hz (`int`): low-level actions a second.
         num_inference_steps (`int`): default number of sampling steps; one step is the conditional mean.
         cameras (`dict[str, list[list[float]]]`, *optional*): for each suite whose camera is known its 3 x 4 matrix,
-            intrinsics times world-to-camera extrinsics, in pixels of the video: the estimated end-effector poses are
-            drawn through it as action frames. The action frames of other suites are black.
+            intrinsics times world-to-camera extrinsics, in pixels of the video: through it the estimated end-effector
+            poses are drawn as action frames, what the hand carries is moved, and the proprioception looks around. In
+            other suites action frames and crops are black, and nothing is carried.
     """
 
     model_cpu_offload_seq = "vae->transformer"
@@ -351,7 +352,7 @@ class ProphetPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             sigma = self.scheduler.sigmas[index].to(device, dtype).expand(batch)
-            velocity = self.transformer(latents, sigma, *conditions)
+            velocity = self.transformer(latents.to(dtype), sigma, *conditions)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
         # 3. Decode

@@ -13,9 +13,10 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     Recurrent network, one step per low-level action, one call per video frame.
 
     In free motion the end-effector moves almost linearly in its velocity and the action: a linear map predicts the
-    motion and the next velocity, and a gated recurrent network corrects both. What the arm meets, it can only see: two
-    small crops around the end-effector, of the frame that the episode began with (nothing hides the objects there) and
-    of the latest one, say where it will be stopped, and how far the fingers close: that is whether a grasp holds.
+    motion and the next velocity, which decays by itself, and a gated recurrent network corrects both. What the arm
+    meets, it can only see: two small crops around the end-effector, of the frame that the episode began with (nothing
+    hides the objects there) and of the latest one, say where it will be stopped, and how far the fingers close: that is
+    whether a grasp holds.
 
     The state of a robot is its proprioception, its velocity and a memory, float (B, 2 * proprio_dim + hidden_dim).
 
@@ -49,7 +50,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         # Gated: how far an action moves the hand depends on where the arm is.
         self.encoder = nn.Linear(2 * proprio_dim + action_dim + 64, 2 * hidden_dim)
         self.cell = nn.GRUCell(hidden_dim, hidden_dim)
-        self.linear = nn.Linear(proprio_dim + action_dim, 2 * proprio_dim)
+        self.motion = nn.Linear(proprio_dim + action_dim, proprio_dim)
+        self.push = nn.Linear(action_dim, proprio_dim)
+        self.decay = nn.Parameter(torch.zeros(proprio_dim))
         self.correction = nn.Sequential(
             nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 2 * proprio_dim)
         )
@@ -85,7 +88,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         """Predict the state at the next frame.
 
         Args:
-            state: float (B, S), from `init_state` or from the previous call; metres and radians.
+            state: float (B, S), from `init_state` or from the previous call; its proprioception in metres and radians.
             actions: float (B, frame_stride, action_dim) in [-1, 1].
             start, latest: float (B, 3, H, W) in [-1, 1], the episode's first frame and the latest one.
             projection: float32 (B, 3, 4), the camera, see `draw_action_frames`.
@@ -99,12 +102,16 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             look_around(images, proprio[:, :3].detach(), projection, config.crop_size) for images in (start, latest)
         ]
         seen = self.eyes(torch.cat(crops, dim=1))
+        decay = torch.sigmoid(self.decay)
         for action in actions.unbind(1):
-            inputs = torch.cat([self.normalize(proprio), velocity, action, seen], dim=-1)
+            # Bounded, so that a rollout that goes astray does not run away.
+            where = self.normalize(proprio).clamp(-5, 5)
+            inputs = torch.cat([where, velocity.clamp(-5, 5), action, seen], dim=-1)
             value, gate = self.encoder(inputs).chunk(2, dim=-1)
             hidden = value * nn.functional.silu(gate)
             memory = self.cell(hidden, memory)
-            moved = self.linear(torch.cat([velocity, action], dim=-1))
-            motion, velocity = (moved + self.correction(torch.cat([hidden, memory], dim=-1))).chunk(2, dim=-1)
+            motion, push = self.correction(torch.cat([hidden, memory], dim=-1)).chunk(2, dim=-1)
+            motion = motion + self.motion(torch.cat([velocity, action], dim=-1))
+            velocity = decay * velocity + self.push(action) + push
             proprio = proprio + motion * (self.delta_std / config.frame_stride)
         return torch.cat([proprio, velocity, memory], dim=-1)

@@ -36,7 +36,7 @@ IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Two hours on two cores with bfloat16 units; see docs/training.md.
+    # About two hours on two cores with bfloat16 units.
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
@@ -75,6 +75,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+CHUNK_FRAMES = 2
+"""Frames in a chunk, as the pipeline has them by default."""
+
 CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
 
@@ -86,14 +89,20 @@ def camera_projection(intrinsics: NDArray[np.float64], extrinsics: NDArray[np.fl
 
 
 def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[list[float]]]:
-    """The camera matrix of every suite of these data sets that has a camera."""
-    projections = {}
+    """The camera matrix of every suite of these data sets that has a camera.
+
+    Raises:
+        ValueError: two data sets of one suite were recorded with different cameras.
+    """
+    projections: dict[str, list[list[float]]] = {}
     for dataset in datasets:
         for suite in {record.suite for record in dataset.records}:
             try:
-                projections[suite] = camera_projection(*dataset.camera(suite))
+                projection = camera_projection(*dataset.camera(suite))
             except KeyError:  # recorded without one
                 continue
+            if not np.allclose(projections.setdefault(suite, projection), projection, atol=1e-3):
+                raise ValueError(f"{suite} was recorded with different cameras: train on data sets of one camera each.")
     return projections
 
 
@@ -250,7 +259,7 @@ def proprioception_loss(
         proprio_dim, losses = arrays.proprio.shape[1], []
         for k in range(frames):
             # An environment shows the latest frame of the chunk before; at times the start frame, for it will be vague.
-            latest = torch.where(blind, clip.first_rows, first + k - k % 2)
+            latest = torch.where(blind, clip.first_rows, first + k - k % CHUNK_FRAMES)
             latest_images = frames_to_pixels(arrays.frames[latest]).to(model.device)
             state = model(state, arrays.actions[first + k].to(model.device), start_images, latest_images, projection)
             target = arrays.proprio[first + k + 1].to(model.device)
@@ -268,12 +277,13 @@ def proprioception_loss(
 
 
 def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
-    """How often each frame is drawn: four times as often around a movement of the fingers, float (N,).
+    """How often each frame is drawn: four times as often near a movement of the fingers, float (N,).
 
-    Whether a grasp holds is decided there, in one of ten frames.
+    Whether a grasp holds is decided there; the arm at rest before and after has little to teach.
     """
     fingers = arrays.proprio[:, 6] - arrays.proprio[:, 7]
     moved = (fingers.diff(prepend=fingers[:1]).abs() > 0.004).float()
+    moved[arrays.starts] = 0
     near = F.max_pool1d(moved[None, None], kernel_size=7, stride=1, padding=3)[0, 0]
     return 1 + 3 * near
 
@@ -495,23 +505,21 @@ def train(
 
     latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
     vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
-    imagined = None
-    for name in STAGES:
+    for number, name in enumerate(STAGES):
         stage = dict(recipe[name])
         batch_size = stage.pop("batch_size")
-        part: ModelMixin
-        if name.startswith("decoder"):
-            # The transformer has changed: once more, what does it make of the episodes?
-            some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + len(name))
-            imagined = imagine_training_episodes(pipeline, some, latents[rows], seed)
-            part, loss_fn = vae, decoder_loss(pipeline, some, imagined, batch_size)
-        elif imagined is None:
-            part = transformer
-            loss_fn = transformer_loss(pipeline, train_arrays, latents, batch_size=batch_size, steps=stage["steps"])
+        some, own_latents, imagined = train_arrays, latents, None
+        if number and not (out / name).exists():
+            # The models have changed: once more, what do they make of the episodes?
+            some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + number)
+            own_latents = latents[rows]
+            imagined = imagine_training_episodes(pipeline, some, own_latents, seed + number)
+        part: ModelMixin = vae if name.startswith("decoder") else transformer
+        if part is vae and imagined is not None:
+            loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
         else:
-            part = transformer
             loss_fn = transformer_loss(
-                pipeline, some, latents[rows], batch_size=batch_size, steps=stage["steps"], imagined=imagined
+                pipeline, some, own_latents, batch_size=batch_size, steps=stage["steps"], imagined=imagined
             )
         validate = partial(_validate, pipeline, val_arrays, out, name)
         fit(name, part, loss_fn, out, seed=seed, validate=validate, **stage)
