@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from stable_baselines3.common.logger import Logger
@@ -113,6 +114,12 @@ def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
         observations = demonstrations.observations
         entries = observations if isinstance(observations, dict) else {"box": observations}
         for key in encoder.vector_keys:
+            if isinstance(policy.observation_space, spaces.Dict):
+                space = policy.observation_space[key]
+            else:
+                space = policy.observation_space
+            if not isinstance(space, spaces.Box):  # one-hot encoded by SB3: nothing to normalise
+                continue
             values = torch.as_tensor(entries[key]).double().flatten(1)
             encoder.set_statistics(key, values.mean(0).float(), values.std(0, correction=0).float())
     actions = torch.as_tensor(demonstrations.actions).double().flatten(0, -2)
@@ -227,7 +234,18 @@ def behaviour_cloning(
     generator = torch.Generator().manual_seed(seed)
     result = BehaviourCloningResult()
     best = {key: value.clone() for key, value in policy.state_dict().items()}
-    settings = {"batch_size": batch_size, "flow_samples": flow_samples, "learning_rate": learning_rate, "seed": seed}
+    settings = {
+        "batch_size": batch_size,
+        "flow_samples": flow_samples,
+        "learning_rate": learning_rate,
+        "warmup_updates": warmup_updates,
+        "weight_decay": weight_decay,
+        "ema_decay": ema_decay,
+        "image_shift": image_shift,
+        "color_jitter_strength": color_jitter_strength,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+    }
     if checkpoint is not None and Path(checkpoint).exists():
         best = _load_checkpoint(Path(checkpoint), policy, optimizer, ema, generator, result, settings)
     if logger is None:
@@ -248,11 +266,15 @@ def behaviour_cloning(
 
     started = time.monotonic() - result.seconds
     running: list[Tensor] = []
-    stale = 0
+
+    def out_of_patience() -> bool:
+        stale = sum(entry["update"] > result.best_update for entry in result.history)
+        return patience is not None and stale >= patience
+
     bar = tqdm(
         total=num_updates, initial=result.num_updates, disable=not progress_bar, desc="behaviour cloning", unit="update"
     )
-    finished = result.num_updates >= num_updates
+    finished = result.num_updates >= num_updates or out_of_patience()
     while not finished:
         progress = result.num_updates / num_updates
         if max_seconds is not None:
@@ -289,13 +311,11 @@ def behaviour_cloning(
         ema.copy_to(parameters)
         validation = validation_loss()
         if len(validation_index) == 0 or validation < result.best_validation_loss:
-            result.best_validation_loss, result.best_update, stale = validation, result.num_updates, 0
+            result.best_validation_loss, result.best_update = validation, result.num_updates
             best = {key: value.clone() for key, value in policy.state_dict().items()}
-        else:
-            stale += 1
-            finished = finished or (patience is not None and stale >= patience)
         ema.restore(parameters)
         result.history.append({"update": result.num_updates, "loss": train_loss, "validation_loss": validation})
+        finished = finished or out_of_patience()
         logger.record("bc/loss", train_loss)
         logger.record("bc/validation_loss", validation)
         logger.record("bc/learning_rate", rate)

@@ -52,7 +52,7 @@ class FlowPolicy(BasePolicy):
     :param lr_schedule: learning rate as a function of the remaining progress
     :param num_flow_steps: K, of both the sampler and the SDE
     :param time_shift: of the time grid, 1 is uniform
-    :param observation_keys: shorthand for the encoder's argument of that name
+    :param observation_keys: entries of a Dict observation that the policy sees; None: all
     :param features_extractor_class: encoder, ``(observation_space, **features_extractor_kwargs)``
     :param features_extractor_kwargs: its arguments
     :param flow_head_class: a :class:`FlowHead` module, ``(action_shape, context_dim, **flow_head_kwargs)``
@@ -110,12 +110,15 @@ class FlowPolicy(BasePolicy):
             squash_output=False,
         )
         self._constructor = constructor
-        if observation_keys is not None:
-            self.features_extractor_kwargs["observation_keys"] = list(observation_keys)
         self.num_flow_steps = num_flow_steps
         self.time_shift = time_shift
         self.action_shape: tuple[int, ...] = action_space.shape
-        self.features_extractor = self.make_features_extractor()
+        if issubclass(features_extractor_class, FlowObservationEncoder):
+            if observation_keys is not None:
+                self.features_extractor_kwargs["observation_keys"] = list(observation_keys)
+            self.features_extractor = self.make_features_extractor()
+        else:  # an encoder of your own is made for the entries that it will be given
+            self.features_extractor = features_extractor_class(self._used_space(), **self.features_extractor_kwargs)
         self.flow_head = flow_head_class(
             self.action_shape, self.features_extractor.features_dim, **dict(flow_head_kwargs or {})
         )

@@ -105,8 +105,12 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         clone(make_policy(), num_updates=50, checkpoint=path)
 
 
-def test_early_stopping_and_no_validation() -> None:
-    result = clone(make_policy(), num_updates=500, validate_every=10, patience=1, learning_rate=0.0)
+def test_early_stopping_and_no_validation(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    arguments = {"num_updates": 500, "validate_every": 10, "patience": 1, "learning_rate": 0.0, "checkpoint": path}
+    result = clone(make_policy(), **arguments)
+    assert result.num_updates == 20  # type: ignore[attr-defined]
+    result = clone(make_policy(), **arguments)  # it has stopped, and stays so
     assert result.num_updates == 20  # type: ignore[attr-defined]
     result = clone(make_policy(), num_updates=50, validation_fraction=0.0)
     assert result.best_update == 50  # type: ignore[attr-defined]

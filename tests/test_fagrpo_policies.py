@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from fagrpo import FAGRPO, FlowHead, FlowPolicy
@@ -86,6 +87,26 @@ def test_a_blind_policy_ignores_the_image_and_needs_none() -> None:
     np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
     del changed["image"]
     np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
+
+
+def test_an_encoder_of_ones_own_is_made_for_the_entries_it_is_given() -> None:
+    class Proprio(BaseFeaturesExtractor):
+        def __init__(self, observation_space: spaces.Dict, features_dim: int) -> None:
+            assert list(observation_space.spaces) == ["proprio"]
+            super().__init__(observation_space, features_dim)
+            self.layer = torch.nn.Linear(observation_space["proprio"].shape[0], features_dim)
+
+        def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.layer(observations["proprio"])
+
+    policy = FlowPolicy(
+        ROBOT,
+        CHUNK,
+        observation_keys=["proprio"],
+        features_extractor_class=Proprio,
+        features_extractor_kwargs={"features_dim": 8},
+    )
+    assert policy.predict(batch(ROBOT, 2))[0].shape == (2, *CHUNK.shape)
 
 
 def test_bad_arguments_say_what_is_valid() -> None:
