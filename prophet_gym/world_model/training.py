@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
-from prophet_gym.training import LossFn, fit
+from prophet_gym.training import LossFn, best_precision, fit
 from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.imagination import frame_rows, replay_episodes
@@ -32,7 +32,7 @@ from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 STAGES = ("transformer", "decoder", "transformer-own-history", "decoder-own-history")
 """After the autoencoder. The second half is against drift: both learn again, from what the first half imagines."""
 
-IMAGINED_EPISODES = 1000
+IMAGINED_EPISODES = 800
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,8 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 7000, "batch_size": 16, "learning_rate": 1e-3},
-        "decoder": {"steps": 2500, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 2000, "batch_size": 16, "learning_rate": 5e-4},
+        "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
+        "transformer-own-history": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4},
         "decoder-own-history": {"steps": 1500, "batch_size": 32, "learning_rate": 5e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
@@ -397,8 +397,9 @@ def imagine_training_episodes(
             condition = pipeline.observed_condition(
                 arrays.proprio[rows].to(device), arrays.actions[rows[:, :-1]].to(device), projection
             )
-            pixels, clean = pipeline.generate(history, condition, start, latest, generator)
-            encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
+                pixels, clean = pipeline.generate(history, condition, start, latest, generator)
+                encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
             history, latest = advance_history(history, encoded), pixels[:, -1]
             imagined.latents[rows[:, 1:]] = clean.half().cpu()
             imagined.frames[rows[:, 1:]] = pixels_to_frames(pixels).cpu()
