@@ -265,23 +265,18 @@ class FlowPolicy(BasePolicy):
         Each file is written to a temporary name and renamed.
 
         :param path: folder, created if needed
-        :param dtype: of the stored floating-point weights: "float32", "float16" or "bfloat16"
-        :raises ValueError: another dtype, or a policy built from classes or arguments that JSON cannot name (only the
-            built-in encoder and head can be rebuilt from a config)
+        :param dtype: of the stored floating-point weights: "float32", "float16" or "bfloat16"; statistics keep float32
+        :raises ValueError: another dtype, or arguments that JSON cannot hold
         """
         if dtype not in EXPORT_DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
         arguments = self.constructor_kwargs
-        encoder, head = arguments.pop("features_extractor_class"), arguments.pop("flow_head_class")
-        if encoder is not FlowObservationEncoder or head is not MlpFlowHead:
-            raise ValueError(
-                "only a policy with the built-in FlowObservationEncoder and MlpFlowHead can be exported with its "
-                "config; save the state_dict of a custom one with safetensors yourself"
-            )
+        classes = {name: arguments.pop(name).__name__ for name in ("features_extractor_class", "flow_head_class")}
         for name in ("optimizer_class", "optimizer_kwargs"):
             arguments.pop(name)
         config = {
             "class": type(self).__name__,
+            **classes,
             "observation_space": _space_to_json(self.observation_space),
             "action_space": _space_to_json(self.action_space),
             "arguments": arguments,
@@ -290,8 +285,9 @@ class FlowPolicy(BasePolicy):
             text = json.dumps(config, indent=2)
         except TypeError as error:
             raise ValueError(f"the policy's arguments are not plain JSON values: {error}") from error
+        weights_of = dict(self.named_parameters())
         tensors = {
-            key: (value.to(EXPORT_DTYPES[dtype]) if value.is_floating_point() else value).detach().cpu().contiguous()
+            key: (value.to(EXPORT_DTYPES[dtype]) if key in weights_of else value).detach().cpu().contiguous()
             for key, value in self.state_dict().items()
         }
         folder = Path(path)
@@ -304,11 +300,20 @@ class FlowPolicy(BasePolicy):
         os.replace(configuration, folder / CONFIG_NAME)
 
     @classmethod
-    def from_safetensors(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_safetensors(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlowObservationEncoder,
+        flow_head_class: Callable[..., nn.Module] = MlpFlowHead,
+    ) -> Self:
         """Rebuild a policy from a folder that :meth:`export_safetensors` wrote; weights come back as float32.
 
         :param path: the folder
         :param device: where to put it
+        :param features_extractor_class: the encoder that it was made with, if that was your own
+        :param flow_head_class: the head that it was made with, if that was your own
         :raises FileNotFoundError: config or weights are missing
         :raises ValueError: a config or a weights file that is damaged or does not belong together
         """
@@ -320,10 +325,15 @@ class FlowPolicy(BasePolicy):
                 )
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            classes = {"features_extractor_class": features_extractor_class, "flow_head_class": flow_head_class}
+            for name, given in classes.items():
+                if config.get(name, given.__name__) != given.__name__:
+                    raise ValueError(f"{folder} was exported with {name} {config[name]}: pass {name}={config[name]}")
             policy = cls(
                 _space_from_json(config["observation_space"]),
                 _space_from_json(config["action_space"]),
                 **config["arguments"],
+                **classes,
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(

@@ -150,7 +150,7 @@ class ThirdPartyHead(nn.Module):
         return velocity.reshape(x_t.shape)
 
 
-def test_a_third_party_head_is_a_policy_head() -> None:
+def test_a_third_party_head_is_a_policy_head(tmp_path: Path) -> None:
     assert issubclass(ThirdPartyHead, FlowHead)
     env = gym.make("Pendulum-v1")
     model = FAGRPO(
@@ -163,8 +163,14 @@ def test_a_third_party_head_is_a_policy_head() -> None:
     )
     model.learn(16)
     assert model.predict(env.observation_space.sample())[0].shape == (1,)
-    with pytest.raises(ValueError, match="built-in"):
-        model.policy.export_safetensors("unused")
+    model.policy.export_safetensors(tmp_path)
+    with pytest.raises(ValueError, match="pass flow_head_class=ThirdPartyHead"):
+        FlowPolicy.from_safetensors(tmp_path)
+    loaded = FlowPolicy.from_safetensors(tmp_path, flow_head_class=ThirdPartyHead)
+    obs = env.observation_space.sample()
+    np.testing.assert_array_equal(
+        loaded.predict(obs, deterministic=True)[0], model.policy.predict(obs, deterministic=True)[0]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -178,6 +184,7 @@ def test_safetensors_round_trip(tmp_path: Path, dtype: str) -> None:
     tolerance = {"float32": 0.0, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
     expected, actual = policy.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0]
     np.testing.assert_allclose(actual, expected, atol=tolerance)
+    assert torch.equal(loaded.action_mean, policy.action_mean)  # statistics are not rounded
     assert (tmp_path / "policy/model.safetensors").stat().st_mode & 0o777 == 0o644
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == ["config.json", "model.safetensors"]
 
