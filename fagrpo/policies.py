@@ -325,7 +325,10 @@ class FlowPolicy(BasePolicy):
                 )
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            classes = {"features_extractor_class": features_extractor_class, "flow_head_class": flow_head_class}
+            classes: dict[str, Any] = {
+                "features_extractor_class": features_extractor_class,
+                "flow_head_class": flow_head_class,
+            }
             for name, given in classes.items():
                 if config.get(name, given.__name__) != given.__name__:
                     raise ValueError(f"{folder} was exported with {name} {config[name]}: pass {name}={config[name]}")

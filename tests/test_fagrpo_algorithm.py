@@ -1,6 +1,7 @@
 """FAGRPO: its objective against theory, and that success rises."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
+from fagrpo.flow_sde import time_grid, transition_coefficients
 from fagrpo.objective import aggregate_log_ratio, clipped_objective
+from fagrpo.rollout_buffer import GroupRolloutSamples
 
 SMALL: dict[str, Any] = {
     "num_flow_steps": 4,
@@ -184,35 +187,44 @@ def test_micro_batches_accumulate_to_the_same_gradient(cloned: FlowPolicy) -> No
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
 
 
-def test_the_gradient_is_the_policy_gradient_of_a_linear_gaussian_problem() -> None:
-    """One flow step from known noise: a = -b + a_noise eps, reward -(a - 1)^2; the gradient in b is known."""
+@pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
+def test_the_gradient_over_four_flow_steps_is_that_of_the_exact_recursion(ratio: str) -> None:
+    """v = w x + b: the action's mean and variance follow a recursion, and with them the gradient of E[-(action - 1)^2].
 
-    class Bias(torch.nn.Module):
+    With one action dimension all three kinds of ratio have the policy gradient at ratio 1.
+    """
+
+    class Linear(torch.nn.Module):
         def __init__(self, action_shape: tuple[int, ...], context_dim: int) -> None:
             super().__init__()
-            self.bias = torch.nn.Parameter(torch.zeros(action_shape))
+            self.weights = torch.nn.Parameter(torch.tensor([0.4, -0.3]))
 
         def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-            return x_t + self.bias  # cancels the initial noise but for the SDE's own correction
+            return self.weights[0] * x_t + self.weights[1]
 
     space = spaces.Box(-10, 10, (1,), np.float32)
-    policy = FlowPolicy(space, space, **SMALL | {"flow_head_class": Bias, "flow_head_kwargs": {}, "num_flow_steps": 1})
+    arguments = SMALL | {"flow_head_class": Linear, "flow_head_kwargs": {}, "num_flow_steps": 4}
+    policy = FlowPolicy(space, space, **arguments)
     policy.set_action_statistics(torch.zeros(1), torch.ones(1))
-    count, a = 40_000, 0.3
-    chain = policy.sample(torch.zeros(count, 1), a, generator=torch.Generator().manual_seed(0))
-    # t = 1, delta = 1: mean = x (1 - a^2 / 2) - (x + b) = -a^2 / 2 x - b, std = a. For the return -(action - 1)^2,
-    # d E / d b = -2 E[(action - 1) d action / d b] = 2 (mean - 1) = -2 at b = 0.
+    count, noise_level = 100_000, 0.7
+    chain = policy.sample(torch.zeros(count, 1), noise_level, generator=torch.Generator().manual_seed(0))
     returns = -(chain.sample.flatten() - 1).square()
-    advantages = returns - returns.mean()
-    from fagrpo.rollout_buffer import GroupRolloutSamples
-
-    env = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
-    model = FAGRPO("FlowPolicy", env, group_size=2, flow_scale="none", noise_level=a, seed=0)
+    model = FAGRPO("FlowPolicy", "Pendulum-v1", group_size=2, flow_scale="none", noise_level=noise_level, ratio=ratio)
     model.policy = policy
-    samples = GroupRolloutSamples(torch.zeros(count, 1), chain, advantages, torch.ones(count, 1, dtype=torch.bool))
-    model._accumulate_gradients(samples, torch.ones(1), 0.2, 0.2)
-    gradient = policy.flow_head.bias.grad  # of the loss, the negative objective
-    assert gradient is not None and float(gradient) == pytest.approx(2.0, rel=0.04)
+    mask = torch.ones(count, 1, dtype=torch.bool)
+    samples = GroupRolloutSamples(torch.zeros(count, 1), chain, returns - returns.mean(), mask)
+    model._accumulate_gradients(samples, torch.ones(4), 0.2, 0.2)
+
+    weights = policy.flow_head.weights.detach().clone().requires_grad_()
+    mean, variance = torch.zeros(()), torch.ones(())
+    for t, t_next in itertools.pairwise(time_grid(4)):
+        of_sample, of_velocity, std = transition_coefficients(t, t_next, noise_level, "flow")
+        mean = of_sample * mean + of_velocity * (weights[0] * mean + weights[1])
+        variance = (of_sample + of_velocity * weights[0]).square() * variance + std**2
+    loss = (mean - 1).square() + variance
+    (expected,) = torch.autograd.grad(loss, weights)
+    assert policy.flow_head.weights.grad is not None
+    torch.testing.assert_close(policy.flow_head.weights.grad, expected, rtol=0.04, atol=0.02)
 
 
 def test_clipping_table() -> None:
