@@ -6,6 +6,7 @@ import torch
 from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.training import best_precision
 from prophet_gym.world_model.pipeline import ProphetPipeline
 
 
@@ -57,7 +58,9 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     A judge that trains on them learns what success and failure look like where Prophet is vague.
     """
     chosen = torch.linspace(0, len(arrays.starts) - 1, min(count, len(arrays.starts))).long()
-    frames, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
+    device = pipeline.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
+        frames, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
     length = rows.shape[1]
     return EpisodeArrays(
