@@ -146,6 +146,8 @@ def train(arguments: argparse.Namespace) -> int:
     env_kwargs: dict[str, Any] = {}
     if arguments.suite is not None:
         env_kwargs["suite"] = arguments.suite
+    if arguments.dtype is not None:
+        env_kwargs["dtype"] = arguments.dtype
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
@@ -211,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--out", type=Path, required=True, help="folder for checkpoints, TensorBoard and the policy")
     learn.add_argument("--suite", help="argument of the environment")
     learn.add_argument("--task", help="argument of the environment")
+    learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
     learn.add_argument("--num-envs", type=int, default=64)
     learn.add_argument("--frame-stack", type=int, default=1, help="as in `fagrpo sft`")
     learn.add_argument("--steps", type=int, default=50_000, help="environment steps in total")

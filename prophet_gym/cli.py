@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 
 def _record(arguments: argparse.Namespace) -> None:
+    from prophet_gym.data.episode import Policy
+    from prophet_gym.simulators.experts import RandomMotion
     from prophet_gym.simulators.recording import record
 
-    policy = None
-    if arguments.policy is not None:
+    policy: Policy | None = None
+    if arguments.policy == "random":
+        policy = RandomMotion()
+    elif arguments.policy is not None:
         from fagrpo import FlowPolicy
 
         policy = FlowPolicy.from_safetensors(arguments.policy)
@@ -92,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0)
     record.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
-    record.add_argument("--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts")
+    record.add_argument(
+        "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
+    )
     record.set_defaults(run=_record)
 
     train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")

@@ -1,6 +1,6 @@
 """Scripted experts that record demonstrations, and failures, in the real simulators."""
 
-from prophet_gym.simulators.experts.noise import NOISE_RECIPES, NOISE_SHARES, ActionNoise, NoiseRecipe
+from prophet_gym.simulators.experts.noise import NOISE_RECIPES, NOISE_SHARES, ActionNoise, NoiseRecipe, RandomMotion
 from prophet_gym.simulators.experts.pick_and_place import PickAndPlace
 
 EXPERT_TASKS = {
@@ -10,4 +10,12 @@ EXPERT_TASKS = {
 }
 """The tasks of each suite that are pick-and-place; the others open drawers, push a plate or turn a knob."""
 
-__all__ = ["EXPERT_TASKS", "NOISE_RECIPES", "NOISE_SHARES", "ActionNoise", "NoiseRecipe", "PickAndPlace"]
+__all__ = [
+    "EXPERT_TASKS",
+    "NOISE_RECIPES",
+    "NOISE_SHARES",
+    "ActionNoise",
+    "NoiseRecipe",
+    "PickAndPlace",
+    "RandomMotion",
+]

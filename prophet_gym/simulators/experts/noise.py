@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -60,6 +62,22 @@ class ActionNoise:
         fresh = self._sigma * np.sqrt(1.0 - self._rho**2) * self._rng.standard_normal(6)
         self._state = self._rho * self._state + fresh
         return self._state.copy()
+
+
+class RandomMotion:
+    """A policy that moves for the sake of data: every chunk a new direction, any speed.
+
+    Scripts and policies only do what leads somewhere. A world model that has seen nothing else learns where the arm
+    usually goes instead of what the actions do.
+    """
+
+    def predict(self, observation: dict[str, Any], *, deterministic: bool = False) -> tuple[NDArray[np.float32], None]:
+        """Chunks (B, 8, 7) for any observations, from torch's global random stream."""
+        batch = len(observation["proprio"])
+        motion = 2 * torch.rand(batch, 1, 6) - 1
+        motion[..., 3:] *= 0.4  # turned much further, the arm would soon be at its joints' limits
+        gripper = torch.where(torch.rand(batch, 1, 1) < 0.3, 1.0, -1.0)
+        return torch.cat([motion, gripper], dim=-1).repeat(1, 8, 1).numpy(), None
 
 
 def point_in_disc(radius: float, rng: np.random.Generator) -> NDArray[np.float64]:
