@@ -32,7 +32,7 @@ from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 STAGES = ("transformer", "decoder", "transformer-own-history", "decoder-own-history")
 """After the autoencoder. The second half is against drift: both learn again, from what the first half imagines."""
 
-IMAGINED_EPISODES = 400
+IMAGINED_EPISODES = 600
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -42,8 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 7000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 1200, "batch_size": 16, "learning_rate": 5e-4},
-        "decoder-own-history": {"steps": 1500, "batch_size": 32, "learning_rate": 5e-4},
+        "transformer-own-history": {"steps": 3700, "batch_size": 16, "learning_rate": 5e-4},
+        "decoder-own-history": {"steps": 2000, "batch_size": 32, "learning_rate": 5e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
