@@ -3,7 +3,7 @@
     python examples/quickstart.py
 
 loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for LIBERO; improves the
-policy on libero_spatial with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and
+policy on libero_object with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and
 after on validation starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator,
 which training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after.mp4,
 TensorBoard logs, the policy.
@@ -12,6 +12,8 @@ TensorBoard logs, the policy.
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import WEIGHTS
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
+from prophet_gym.training import best_precision
 
 
 class LearningCurve(BaseCallback):
@@ -68,10 +71,10 @@ def main() -> None:
     """Run the comparison and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="of post-training")
-    parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
+    parser.add_argument("--suite", default="libero_object", help="libero_object or libero_spatial")
     parser.add_argument("--policy", default=str(WEIGHTS / "flow-policy-libero"))
     parser.add_argument("--num-envs", type=int, default=64, help="groups of 8 share a start")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument(
         "--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts"
     )
@@ -84,7 +87,9 @@ def main() -> None:
 
     policy = FlowPolicy.from_safetensors(arguments.policy)
     starts = starts_of(range(10), SPLITS["val"], arguments.repeats)
-    simulators = {"Prophet": evaluate_in_prophet}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if best_precision(device) == "bf16" else "float32"
+    simulators: dict[str, Callable[..., Rollouts]] = {"Prophet": partial(evaluate_in_prophet, dtype=dtype)}
     if find_spec("libero") and not arguments.prophet_only:
         simulators["LIBERO (real)"] = evaluate_in_libero
     before = {name: evaluate(policy, arguments.suite, starts) for name, evaluate in simulators.items()}
@@ -94,6 +99,7 @@ def main() -> None:
         num_envs=arguments.num_envs,
         suite=arguments.suite,
         split="train",
+        dtype=dtype,
         vectorization_mode="vector_entry_point",
         autoreset_mode="SameStep",
     )
@@ -101,6 +107,7 @@ def main() -> None:
         policy,
         VecMonitor(ProphetVecEnv(envs.unwrapped), info_keywords=("is_success",)),
         learning_rate=arguments.learning_rate,
+        kl_coef=0.01,
         group_size=8,
         max_episode_steps=20,
         tensorboard_log=str(arguments.out),
