@@ -126,11 +126,10 @@ def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPi
     _check_weights(path)
     pipeline = ProphetPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
     pipeline.to(device)
-    for part in (pipeline.vae, pipeline.transformer):  # a third faster on a CPU
-        part.to(memory_format=torch.channels_last)
-    if dtype is not torch.float32:  # proprioception stays in float32: bfloat16 would round it to millimetres
-        pipeline.vae.to(dtype)
-        pipeline.transformer.to(dtype)
+    # The proprioception stays in float32: bfloat16 would round it to millimetres.
+    for part in (pipeline.vae, pipeline.transformer):
+        # Channels last is a third faster on a CPU. (`ModelMixin.to` would warn of modules to keep in float32: none.)
+        torch.nn.Module.to(part, dtype=dtype, memory_format=torch.channels_last)
     return pipeline
 
 
