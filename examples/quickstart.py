@@ -5,7 +5,7 @@
 loads the shipped Prophet world model, its reward model and a behaviour-cloned flow policy for LIBERO; improves the
 policy on libero_object with FA-GRPO inside Prophet-LIBERO-v0, on training starts only; and compares it before and
 after on validation starts. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator,
-which training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after.mp4,
+which training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after_*.mp4,
 TensorBoard logs, the policy.
 """
 
