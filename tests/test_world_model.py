@@ -19,8 +19,15 @@ from prophet_gym.world_model import (
     ProphetTransformer3DModel,
     ProprioceptionModel,
 )
-from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames, look_around
-from prophet_gym.world_model.imagination import imagine_episodes
+from prophet_gym.world_model.action_conditioning import (
+    carry,
+    draw_action_frames,
+    image_motion,
+    init_hold,
+    look_around,
+    update_hold,
+)
+from prophet_gym.world_model.imagination import imagine_episodes, track_holds
 from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
     _Window,
@@ -88,11 +95,12 @@ def episodes(count: int, length: int = 9, seed: int = 0) -> EpisodeArrays:
 
 
 def test_the_autoencoder_keeps_what_stands_still_and_what_is_carried() -> None:
-    """A decoder that wants the reference, or the carried frame, everywhere returns it, whatever the latents are."""
+    """A decoder that wants the reference, or a carried frame, everywhere returns it, whatever the latents are."""
     vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
     torch.nn.init.zeros_(vae.to_pixels[1].weight)
-    reference, carried = torch.rand(2, 3, 48, 48) * 2 - 1, torch.rand(2, 3, 3, 48, 48) * 2 - 1
-    for choice, expected in ((12, reference[:, None].expand(-1, 3, -1, -1, -1)), (16, carried)):
+    reference, carried = torch.rand(2, 3, 48, 48) * 2 - 1, torch.rand(2, 3, 2, 3, 48, 48) * 2 - 1
+    choices = [(12, reference[:, None].expand(-1, 3, -1, -1, -1)), (20, carried[:, :, 0]), (24, carried[:, :, 1])]
+    for choice, expected in choices:
         torch.nn.init.zeros_(vae.to_pixels[1].bias)
         vae.to_pixels[1].bias.data[choice : choice + 4] = 20.0
         pixels = vae.decode(torch.randn(2, 3, 4, 6, 6), reference, carried)
@@ -188,7 +196,7 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "state": torch.zeros(2, 32),
+        "state": torch.zeros(2, 39),
         "actions": torch.zeros(2, 8, 7),
         "images": torch.zeros(2, 2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
@@ -242,13 +250,15 @@ TINY = dict(
 
 
 def transformer_inputs(sigma: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a scene where nothing has moved yet, nor moves."""
+    history = torch.randn(2, 1, 4, 12, 12).repeat(1, 3, 1, 1, 1)
     return {
         "sample": torch.randn(2, 2, 4, 12, 12),
         "sigma": sigma,
-        "history": torch.randn(2, 1, 4, 12, 12).repeat(1, 3, 1, 1, 1),
+        "history": history,
         "condition": torch.randn(2, 2, 44),
         "action_frames": torch.rand(2, 3, 3, 48, 48),
-        "displacement": torch.zeros(2, 2, 2),
+        "carried": history[:, None, :2].expand(-1, 2, -1, -1, -1, -1),
     }
 
 
@@ -441,16 +451,51 @@ CAMERA = torch.tensor([[[100.0, 0, 48, 0], [0, 100, 48, 0], [0, 0, 1, 0]]])
 
 def test_what_the_hand_carries_moves_as_the_hand_does() -> None:
     """A bright pixel where the hand is seen is, in the carried image, where the hand is seen later."""
-    before, after = torch.tensor([[0.1, -0.2, 1.0]]), torch.tensor([[[0.2, -0.1, 1.0], [0.1, -0.2, 2.0]]])
-    shift = displacement(before, after, CAMERA)
-    torch.testing.assert_close(shift, torch.tensor([[[10.0, 10.0], [-5.0, 10.0]]]))
-    image = torch.zeros(1, 3, 96, 96)
-    image[..., 28, 58] = 1.0
-    carried = carry(image, shift)
-    assert carried.shape == (1, 2, 3, 96, 96)
-    torch.testing.assert_close(carried[0, 0, :, 38, 68], torch.ones(3))
-    torch.testing.assert_close(carried[0, 1, :, 38, 53], torch.ones(3))
-    assert not displacement(before, after, torch.zeros(1, 3, 4)).any()
+    before = torch.tensor([[[0.1, -0.2, 1.0]]]).expand(-1, 2, -1)
+    after = torch.tensor([[[0.2, -0.1, 1.0], [0.05, -0.1, 0.5]]])  # seen at (58, 28); then at (68, 38), (58, 28)
+    motion = image_motion(before, after, CAMERA)
+    torch.testing.assert_close(motion, torch.tensor([[[-10.0, -10.0, 1.0], [29.0, 14.0, 0.5]]]))
+    images = torch.zeros(1, 2, 3, 96, 96)
+    images[:, 0, :, 28, 58] = 1.0
+    images[:, 1, :, 26:30, 56:60] = 1.0
+    carried = carry(images, motion[:, :, None].expand(-1, -1, 2, -1))
+    assert carried.shape == (1, 2, 2, 3, 96, 96)
+    torch.testing.assert_close(carried[0, 0, 0, :, 38, 68], torch.ones(3))
+    assert carried[0, 0, 0].sum() == pytest.approx(3.0, abs=1e-3)
+    # Half as far away, the square of four pixels has eight, around the same place.
+    torch.testing.assert_close(carried[0, 1, 1, 0, 24:32, 54:62].round(), torch.ones(8, 8))
+    assert carried[0, 1, 1, 0].sum() == pytest.approx(64.0, abs=1.0)
+    still = torch.tensor([0.0, 0.0, 1.0]).expand(1, 2, 3)
+    assert torch.equal(image_motion(before, after, torch.zeros(1, 3, 4)), still)
+    torch.testing.assert_close(carry(images, still[:, :, None].expand(-1, -1, 2, -1))[:, 0], images)
+
+
+def test_a_hold_is_where_something_was_taken_and_where_it_was_brought() -> None:
+    """Open, close at x = 1, move to 2, open, move to 3; the fingers open slowly; then close again at 4."""
+    closing = torch.tensor([-1.0, 1, 1, -1, -1, 1, -1, -1, 1])
+    position = torch.tensor([0.0, 1, 2, 2.5, 3, 3.5, 3.6, 3.8, 4])
+    opening = torch.tensor([0.08, 0.05, 0.03, 0.03, 0.06, 0.06, 0.06, 0.08, 0.05])
+    expected = [(0, 0), (1, 1), (1, 2), (1, 2), (1, 2), (1, 3.5), (1, 3.5), (1, 3.5), (4, 4)]
+    hold = init_hold(torch.zeros(1, 8))
+    for command, x, width, (taken, brought) in zip(closing, position, opening, expected, strict=True):
+        proprio, actions = torch.zeros(1, 8), torch.zeros(1, 4, 7)
+        proprio[0, 0], proprio[0, 6], proprio[0, 7] = x, width / 2, -width / 2
+        actions[0, -1, -1] = command
+        hold = update_hold(hold, proprio, actions)
+        assert (hold[0, 0].item(), hold[0, 3].item()) == (taken, brought)
+
+
+def test_holds_of_recorded_episodes_are_those_of_their_frames() -> None:
+    arrays = episodes(3)
+    arrays.proprio[:, 6] = 0.04 * (torch.arange(27) % 4 != 0)
+    arrays.proprio[:, 7] = -arrays.proprio[:, 6]
+    arrays.lengths[1] = 5
+    holds = track_holds(arrays)
+    for start, length in zip(arrays.starts, arrays.lengths, strict=True):
+        hold = init_hold(arrays.proprio[start : start + 1])
+        for row in range(int(start) + 1, int(start + length)):
+            assert torch.equal(holds[row - 1 : row], hold)
+            hold = update_hold(hold, arrays.proprio[row : row + 1], arrays.actions[row - 1 : row])
 
 
 def test_looking_around_shows_what_is_at_the_hand() -> None:

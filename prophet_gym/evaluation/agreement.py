@@ -24,8 +24,8 @@ from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel
 from prophet_gym.reward.training import episode_metrics, episode_peaks
-from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
-from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
+from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
@@ -318,19 +318,23 @@ def _reconstruct(
 ) -> NDArray[np.uint8]:
     """The clips (N, T + 1, H, W, 3), encoded and decoded: the best that this autoencoder can show."""
     projections = pipeline.projection([record.suite for record in arrays.records[: len(real)]])
-    poses = arrays.proprio[arrays.starts[: len(real), None] + torch.arange(real.shape[1])]
+    holds, index = track_holds(arrays), arrays.starts[: len(real), None] + torch.arange(real.shape[1])
     latest = (torch.arange(real.shape[1]) - 1).clamp(min=0)
     latest -= latest % pipeline.chunk_frames  # the frame that each chunk began from
     clips = []
     for rows in torch.arange(len(real)).split(batch_size):
         pixels = frames_to_pixels(torch.from_numpy(real)[rows]).to(pipeline.device)
-        drawn = draw_action_frames(poses[rows], projections[rows], pipeline.image_size).to(pipeline.device)
-        shift = displacement(
-            poses[rows][:, latest, :3].flatten(0, 1),
-            poses[rows][:, :, :3].flatten(0, 1)[:, None],
+        poses = arrays.proprio[index[rows]]
+        drawn = draw_action_frames(poses, projections[rows], pipeline.image_size).to(pipeline.device)
+        motion = hand_motions(
+            arrays,
+            holds,
+            index[rows][:, latest].flatten(),
+            index[rows].flatten(),
             projections[rows].repeat_interleave(len(latest), dim=0),
         ).to(pipeline.device)
-        carried = carry(pixels[:, latest].flatten(0, 1), shift)[:, 0].unflatten(0, pixels.shape[:2])
+        shown = torch.stack([pixels[:, latest], pixels[:, :1].expand_as(pixels)], dim=2)
+        carried = carry(shown.flatten(0, 1), motion[:, None])[:, 0].unflatten(0, pixels.shape[:2])
         clips.append(pixels_to_frames(pipeline.vae(pixels, pixels[:, 0], carried, drawn)).cpu())
     return torch.cat(clips).numpy()
 
@@ -364,13 +368,11 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
     projection = pipeline.projection([record.suite for record in arrays.records[:count]]).to(pipeline.device)
     start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
-    states = [pipeline.init_state(proprio[:, 0])]
+    bodies = [pipeline.proprioception.init_state(proprio[:, 0])]
     for frame in range(1, length):
-        shown = frame - 1 - (frame - 1) % pipeline.chunk_frames
-        latest = frames_to_pixels(arrays.frames[index[:, shown]]).to(pipeline.device)
-        state = pipeline.proprioception(states[-1], actions[:, frame - 1], start, latest, projection)
-        states.append(torch.cat([proprio[:, frame], state[:, proprio.shape[2] :]], dim=1))
-    return torch.stack(states, dim=1)
+        body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection)
+        bodies.append(torch.cat([proprio[:, frame], body[:, proprio.shape[2] :]], dim=1))
+    return torch.cat([torch.stack(bodies, dim=1), track_holds(arrays)[index].to(pipeline.device)], dim=2)
 
 
 def _one_by_one(

@@ -9,6 +9,10 @@ GRIPPER_AXIS_LENGTH = 0.08
 """Length of the drawn approach axis, metres."""
 LINE_WIDTH = 1.5
 """Standard deviation of a drawn line's profile, pixels."""
+HOLD_DIM = 7
+"""Numbers in a hold, see `init_hold`."""
+OPEN_WIDTH = 0.075
+"""Distance of the finger tips, metres, from which the fingers are open: nothing that fits between them is as wide."""
 
 
 class FrameActionEmbedding(nn.Module):
@@ -64,7 +68,7 @@ def draw_action_frames(proprio: torch.Tensor, projection: torch.Tensor, image_si
     end = torch.stack(
         [position - GRIPPER_AXIS_LENGTH * approach, position + tips[..., 1, :], position + 0.03 * along_palm], dim=-2
     )
-    begin, end = _project(begin, projection), _project(end, projection)  # (B, F, 3 lines, 2), pixels
+    begin, end = _project(begin, projection)[0], _project(end, projection)[0]  # (B, F, 3 lines, 2), pixels
 
     # Distance of every pixel centre from each line segment; rows (B, F, 3, H, 1) and columns (B, F, 3, 1, W) apart.
     centres = torch.arange(1, image_size, 2, device=proprio.device, dtype=proprio.dtype)
@@ -78,49 +82,91 @@ def draw_action_frames(proprio: torch.Tensor, projection: torch.Tensor, image_si
     return torch.exp(-distance / (2 * LINE_WIDTH**2)) * known
 
 
-def displacement(before: torch.Tensor, after: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """How far the hand moves in the image.
+def init_hold(proprio: torch.Tensor) -> torch.Tensor:
+    """The hold of hands that have taken nothing yet.
+
+    A hold says what the hand has taken where, and where it has brought it: the end-effector's position (m, world) when
+    the fingers last began to close after having been open, its position now, or when they opened again, and whether
+    the fingers are ready to take something else.
 
     Args:
-        before: end-effector position float32 (B, 3), m, world. after: (B, F, 3), at each frame. projection: (B, 3, 4).
+        proprio: float32 (B, 8), see `draw_action_frames`.
 
     Returns:
-        float32 (B, F, 2), pixels of the video to the right and down; zeros where the camera is not known.
+        float32 (B, 7).
     """
-    positions = torch.cat([before[:, None], after], dim=1)
-    pixels = _project(positions[:, :, None], projection)[:, :, 0]
-    return (pixels[:, 1:] - pixels[:, :1]) * projection.any(dim=2).any(dim=1)[:, None, None]
+    position = proprio[:, :3]
+    return torch.cat([position, position, torch.ones_like(position[:, :1])], dim=1)
 
 
-def carry(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Shift images (B, C, h, w) as a hand carries them, by `shift` (B, F, 2) in their own pixels: (B, F, C, h, w).
+def update_hold(hold: torch.Tensor, proprio: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """The hold (B, 7) one frame later.
 
-    What an object in the hand will look like, if nothing turns it; its edge is repeated where nothing comes in.
+    Args:
+        hold: float32 (B, 7), see `init_hold`.
+        proprio: float32 (B, 8), after the frame.
+        actions: float (B, frame_stride, A), of the frame; the last number of an action closes the gripper if positive.
     """
-    batch, frames = shift.shape[:2]
+    taken, brought, ready = hold.split([3, 3, 1], dim=1)
+    position, opening = proprio[:, :3], proprio[:, 6:7] - proprio[:, 7:8]
+    closing = actions[:, -1, -1:] > 0
+    taken = torch.where(closing & (ready > 0), position, taken)
+    brought = torch.where(closing, position, brought)
+    ready = torch.where(closing, 0.0, torch.where(opening > OPEN_WIDTH, 1.0, ready))
+    return torch.cat([taken, brought, ready], dim=1)
+
+
+def image_motion(before: torch.Tensor, after: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """How the image of what is at `before` changes when it is moved to `after`: it shifts, and grows as it comes near.
+
+    Args:
+        before, after: float32 (B, F, 3), m, world. projection: float32 (B, 3, 4).
+
+    Returns:
+        float32 (B, F, 3): what is seen at pixel p (column, row) was at `scale * p + offset`, as (offset, scale); no
+        motion, (0, 0, 1), where the camera is not known.
+    """
+    (before, depth), (after, depth_after) = (_project(points[:, :, None], projection) for points in (before, after))
+    scale = (depth_after / depth).clamp(0.5, 2.0)
+    motion = torch.cat([before - scale * after, scale], dim=-1)[:, :, 0]
+    known = projection.any(dim=2).any(dim=1)[:, None, None]
+    return torch.where(known, motion, motion.new_tensor([0.0, 0.0, 1.0]))
+
+
+def carry(images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+    """Move images as a hand moves what it holds.
+
+    What an object in the hand will look like, if nothing turns it; an image's edge is repeated where nothing comes in.
+
+    Args:
+        images: float (B, M, C, h, w).
+        motion: float32 (B, F, M, 3), of every image until each frame, see `image_motion`, in the images' own pixels.
+
+    Returns:
+        float (B, F, M, C, h, w).
+    """
+    batch, frames, count = motion.shape[:3]
     height, width = images.shape[-2:]
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=images.device, dtype=torch.float32),
-        torch.arange(width, device=images.device, dtype=torch.float32),
-        indexing="ij",
-    )
-    source = torch.stack([columns, rows], dim=-1) - shift[:, :, None, None]  # (B, F, h, w, 2)
-    grid = (2 * source + 1) / torch.tensor([width, height], device=images.device) - 1
-    repeated = images[:, None].expand(-1, frames, -1, -1, -1).flatten(0, 1)
+    columns = torch.arange(width, device=images.device) + 0.5
+    rows = torch.arange(height, device=images.device) + 0.5
+    offset_x, offset_y, scale = motion.flatten(0, 2)[:, :, None, None].unbind(1)
+    x = (2 / width * (scale * columns + offset_x) - 1).expand(-1, height, -1)
+    y = (2 / height * (scale * rows[:, None] + offset_y) - 1).expand(-1, -1, width)
+    repeated = images[:, None].expand(-1, frames, -1, -1, -1, -1).flatten(0, 2)
     # In float32: a grid in lower precision would blur, a little more with every chunk.
-    shifted = F.grid_sample(repeated.float(), grid.flatten(0, 1), padding_mode="border", align_corners=False)
-    return shifted.to(images.dtype).unflatten(0, (batch, frames))
+    moved = F.grid_sample(repeated.float(), torch.stack([x, y], dim=-1), padding_mode="border", align_corners=False)
+    return moved.to(images.dtype).unflatten(0, (batch, frames, count))
 
 
 def look_around(images: torch.Tensor, position: torch.Tensor, projection: torch.Tensor, size: int) -> torch.Tensor:
-    """Crop images (B, 3, H, W) around where the end-effector is seen: (B, 3, size, size), every second pixel.
+    """Crop images (B, 3, H, W) around where the end-effector is seen: (B, 3, size, size).
 
     Args:
         position: float32 (B, 3), m, world. projection: float32 (B, 3, 4); the crops are grey where it is zeros.
     """
     height, width = images.shape[-2:]
-    centre = _project(position[:, None, None], projection)[:, 0, 0]  # (B, 2)
-    offsets = 2.0 * torch.arange(size, device=images.device) - (size - 1)
+    centre = _project(position[:, None, None], projection)[0][:, 0, 0]  # (B, 2)
+    offsets = torch.arange(size, device=images.device) - (size - 1) / 2
     columns = (centre[:, :1] + offsets)[:, None].expand(-1, size, -1)
     rows = (centre[:, 1:] + offsets)[:, :, None].expand(-1, -1, size)
     source = torch.stack([columns, rows], dim=-1)  # (B, size, size, 2)
@@ -129,8 +175,9 @@ def look_around(images: torch.Tensor, position: torch.Tensor, projection: torch.
     return F.grid_sample(images, grid.to(images.dtype), align_corners=False) * known
 
 
-def _project(points: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Pixel coordinates (B, F, L, 2) of world points (B, F, L, 3) seen by cameras (B, 3, 4)."""
+def _project(points: torch.Tensor, projection: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel coordinates (B, F, L, 2) of world points (B, F, L, 3) seen by cameras (B, 3, 4); depth (B, F, L, 1), m."""
     # No matrix product: autocast would round it to a quarter of a pixel.
     homogeneous = (projection[:, None, None, :, :3] * points[..., None, :]).sum(-1) + projection[:, None, None, :, 3]
-    return homogeneous[..., :2] / homogeneous[..., 2:].clamp(min=1e-3)
+    depth = homogeneous[..., 2:].clamp(min=1e-3)
+    return homogeneous[..., :2] / depth, depth

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.training import best_precision
+from prophet_gym.world_model.action_conditioning import HOLD_DIM, image_motion, init_hold, update_hold
 from prophet_gym.world_model.pipeline import ProphetPipeline
 
 
@@ -72,3 +73,24 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
         lengths=torch.full((len(chosen),), length),
         records=tuple(arrays.records[episode] for episode in chosen),
     )
+
+
+def track_holds(arrays: EpisodeArrays) -> torch.Tensor:
+    """The hold of the hand at each frame of recorded episodes, float32 (N, 7), see `init_hold`."""
+    holds = torch.empty(len(arrays.proprio), HOLD_DIM)
+    hold = holds[arrays.starts] = init_hold(arrays.proprio[arrays.starts])
+    for frame in range(1, int(arrays.lengths.max())):
+        rows = (arrays.starts + frame).minimum(arrays.starts + arrays.lengths - 1)
+        hold = update_hold(hold, arrays.proprio[rows], arrays.actions[rows - 1])
+        running = frame < arrays.lengths
+        holds[rows[running]] = hold[running]
+    return holds
+
+
+def hand_motions(
+    arrays: EpisodeArrays, holds: torch.Tensor, latest: torch.Tensor, rows: torch.Tensor, projection: torch.Tensor
+) -> torch.Tensor:
+    """`ChunkCondition.motion` of one frame per episode, rows (N,), after the frames `latest` (N,): (N, 2, 3)."""
+    before = torch.stack([arrays.proprio[latest, :3], holds[rows, :3]], dim=1)
+    after = torch.stack([arrays.proprio[rows, :3], holds[rows, 3:6]], dim=1)
+    return image_motion(before, after, projection)

@@ -10,7 +10,14 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
+from prophet_gym.world_model.action_conditioning import (
+    HOLD_DIM,
+    carry,
+    draw_action_frames,
+    image_motion,
+    init_hold,
+    update_hold,
+)
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
@@ -39,12 +46,13 @@ class ChunkCondition(BaseOutput):
     Attributes:
         scalars: float (B, F, D_c), actions and proprioception of each frame, see `frame_condition`.
         action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effector drawn at the present and at each frame.
-        displacement: float32 (B, F, 2), how far it moves in the image from the present to each frame, pixels.
+        motion: float32 (B, F, 2, 3), see `image_motion`: of the hand from the present to each frame, and of what it
+            holds, or held last, from where it was taken.
     """
 
     scalars: torch.Tensor
     action_frames: torch.Tensor
-    displacement: torch.Tensor
+    motion: torch.Tensor
 
 
 def frames_to_pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -80,6 +88,8 @@ class ProphetPipeline(DiffusionPipeline):
             intrinsics times world-to-camera extrinsics, in pixels of the video: through it the estimated end-effector
             poses are drawn as action frames, what the hand carries is moved, and the proprioception looks around. In
             other suites action frames and crops are black, and nothing is carried.
+
+    The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
 
     model_cpu_offload_seq = "vae->transformer"
@@ -195,7 +205,8 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(
                 f"Expected proprio of shape (B, {self.proprioception.config.proprio_dim}), got {tuple(proprio.shape)}."
             )
-        return self.proprioception.init_state(proprio.to(self.device, torch.float32))
+        proprio = proprio.to(self.device, torch.float32)
+        return torch.cat([self.proprioception.init_state(proprio), init_hold(proprio)], dim=1)
 
     @torch.inference_mode()
     def imagine(
@@ -231,7 +242,7 @@ class ProphetPipeline(DiffusionPipeline):
         start, latest = frames_to_pixels(torch.as_tensor(images)).to(self.device, self.vae.dtype).unbind(1)
         projection = self.projection(suites).to(self.device)
         actions = actions.to(self.device, torch.float32)
-        condition, state = self.condition(state.to(self.device, torch.float32), actions, start, latest, projection)
+        condition, state = self.condition(state.to(self.device, torch.float32), actions, start, projection)
         pixels, _ = self.generate(history, condition, start, latest, generator, num_inference_steps)
         encoded = self.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return ImaginedChunk(
@@ -280,40 +291,50 @@ class ProphetPipeline(DiffusionPipeline):
         state: torch.Tensor,
         actions: torch.Tensor,
         start: torch.Tensor,
-        latest: torch.Tensor,
         projection: torch.Tensor,
     ) -> tuple[ChunkCondition, torch.Tensor]:
         """Roll the state through a chunk.
 
         Args:
             state: float32 (B, S). actions: float32 (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
-            start, latest: pixels (B, 3, H, W) in [-1, 1], the episode's first frame and the latest one.
+            start: pixels (B, 3, H, W) in [-1, 1], the episode's first frame.
 
         Returns:
             What follows for the chunk's frames; the state after the chunk, float32 (B, S).
         """
-        proprio_dim = self.proprioception.config.proprio_dim
-        start, latest = start.float(), latest.float()
-        poses = [state[:, :proprio_dim]]
+        proprio_dim, state_dim = self.proprioception.config.proprio_dim, self.proprioception.state_dim
+        body, hold = state[:, :state_dim], state[:, state_dim:]
+        start, poses, holds = start.float(), [body[:, :proprio_dim]], []
         frame_actions = actions.unflatten(1, (self.chunk_frames, self.frame_stride))
         for frame in range(self.chunk_frames):
-            state = self.proprioception(state, frame_actions[:, frame], start, latest, projection)
-            poses.append(state[:, :proprio_dim])
-        return self.observed_condition(torch.stack(poses, dim=1), frame_actions, projection), state
+            body = self.proprioception(body, frame_actions[:, frame], start, projection)
+            hold = update_hold(hold, body[:, :proprio_dim], frame_actions[:, frame])
+            poses.append(body[:, :proprio_dim])
+            holds.append(hold)
+        condition = self.observed_condition(
+            torch.stack(poses, dim=1), torch.stack(holds, dim=1), frame_actions, projection
+        )
+        return condition, torch.cat([body, hold], dim=1)
 
     def observed_condition(
-        self, poses: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
+        self, poses: torch.Tensor, holds: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
     ) -> ChunkCondition:
         """The conditions of a chunk whose proprioception is known.
 
         Args:
             poses: float32 (B, 1 + F, P), proprioception at the present and at each frame.
+            holds: float32 (B, F, 7), see `init_hold`, at each frame.
             actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4).
         """
+        before = poses[:, :1, :3].expand(-1, holds.shape[1], -1)
+        motion = [
+            image_motion(before, poses[:, 1:, :3], projection),
+            image_motion(holds[..., :3], holds[..., 3:6], projection),
+        ]
         return ChunkCondition(
             scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions),
             action_frames=draw_action_frames(poses, projection, self.image_size),
-            displacement=displacement(poses[:, 0, :3], poses[:, 1:, :3], projection),
+            motion=torch.stack(motion, dim=2),
         )
 
     def generate(
@@ -340,7 +361,7 @@ class ProphetPipeline(DiffusionPipeline):
             history.to(device, dtype),
             condition.scalars.to(dtype),
             condition.action_frames.to(dtype),
-            condition.displacement / self.vae.spatial_compression,
+            carry_latents(history, condition.motion, self.vae.spatial_compression).to(device, dtype),
         )
 
         # 1. Latent noise
@@ -356,7 +377,7 @@ class ProphetPipeline(DiffusionPipeline):
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
 
         # 3. Decode
-        carried = carry(latest, condition.displacement)
+        carried = carry(torch.stack([latest, start], dim=1), condition.motion)
         drawn = condition.action_frames[:, 1:].to(self.vae.dtype)
         pixels = self.vae.decode(latents.to(self.vae.dtype), start, carried.to(self.vae.dtype), drawn)
         return pixels.clamp(-1, 1), latents
@@ -379,7 +400,7 @@ class ProphetPipeline(DiffusionPipeline):
         batch, size = history.shape[0], self.image_size
         expected = {
             "history": (batch, config.history_frames, config.latent_channels) + (size // 8,) * 2,
-            "state": (batch, self.proprioception.state_dim),
+            "state": (batch, self.proprioception.state_dim + HOLD_DIM),
             "actions": (batch, self.chunk_size, self.action_dim),
             "images": (batch, 2, size, size, 3),
         }
@@ -392,6 +413,19 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(f"Expected one suite per episode, {batch} in all, got {suites!r}.")
         if steps is not None and steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
+
+
+def carry_latents(history: torch.Tensor, motion: torch.Tensor, compression: int) -> torch.Tensor:
+    """The latest and the first frame of a history (B, T_h, C, h, w), moved as in `ChunkCondition.motion`.
+
+    Args:
+        motion: float32 (B, F, 2, 3), in pixels. compression: pixels in the side of a latent.
+
+    Returns:
+        float (B, F, 2, C, h, w).
+    """
+    in_latents = motion / motion.new_tensor([compression, compression, 1.0])
+    return carry(torch.stack([history[:, -1], history[:, 0]], dim=1), in_latents)
 
 
 def advance_history(history: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
 
     In free motion the end-effector moves almost linearly in its velocity and the action: a linear map predicts the
     motion and the next velocity, which decays by itself, and a gated recurrent network corrects both. What the arm
-    meets, it can only see: two small crops around the end-effector, of the frame that the episode began with (nothing
-    hides the objects there) and of the latest one, say where it will be stopped, and how far the fingers close: that is
-    whether a grasp holds.
+    meets, it can only see: a small crop around the end-effector, of the frame that the episode began with, says where
+    it will be stopped, and how far the fingers close: that is whether a grasp holds. It does not look at later frames,
+    for those are imagined: the arm is seen there where it is believed to be, and a model that learned from real ones to
+    correct its belief by them would be misled.
 
     The state of a robot is its proprioception, its velocity and a memory, float (B, 2 * proprio_dim + hidden_dim).
 
@@ -25,7 +26,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         frame_stride (`int`, defaults to `4`): low-level actions between two frames.
         action_dim (`int`, defaults to `7`): size of one action.
         hidden_dim (`int`, defaults to `192`): size of the memory.
-        crop_size (`int`, defaults to `16`): side of the crops, in samples of two pixels.
+        crop_size (`int`, defaults to `24`): side of the crop, pixels.
     """
 
     @register_to_config
@@ -35,17 +36,18 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         frame_stride: int = 4,
         action_dim: int = 7,
         hidden_dim: int = 192,
-        crop_size: int = 16,
+        crop_size: int = 24,
     ) -> None:
         super().__init__()
         self.eyes = nn.Sequential(
-            nn.Conv2d(6, 32, 4, stride=2, padding=1),
+            nn.Conv2d(3, 32, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 48, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Flatten(),
             nn.Linear(48 * (crop_size // 4) ** 2, 64),
             nn.SiLU(),
+            nn.Dropout(0.1),  # a scene is easily learned by heart
         )
         # Gated: how far an action moves the hand depends on where the arm is.
         self.encoder = nn.Linear(2 * proprio_dim + action_dim + 64, 2 * hidden_dim)
@@ -82,7 +84,6 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         state: torch.Tensor,
         actions: torch.Tensor,
         start: torch.Tensor,
-        latest: torch.Tensor,
         projection: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the state at the next frame.
@@ -90,7 +91,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         Args:
             state: float (B, S), from `init_state` or from the previous call; its proprioception in metres and radians.
             actions: float (B, frame_stride, action_dim) in [-1, 1].
-            start, latest: float (B, 3, H, W) in [-1, 1], the episode's first frame and the latest one.
+            start: float (B, 3, H, W) in [-1, 1], the episode's first frame.
             projection: float32 (B, 3, 4), the camera, see `draw_action_frames`.
 
         Returns:
@@ -98,10 +99,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         """
         config = self.config
         proprio, velocity, memory = state.split([config.proprio_dim, config.proprio_dim, config.hidden_dim], dim=-1)
-        crops = [
-            look_around(images, proprio[:, :3].detach(), projection, config.crop_size) for images in (start, latest)
-        ]
-        seen = self.eyes(torch.cat(crops, dim=1))
+        seen = self.eyes(look_around(start, proprio[:, :3].detach(), projection, config.crop_size))
         decay = torch.sigmoid(self.decay)
         for action in actions.unbind(1):
             # Bounded, so that a rollout that goes astray does not run away.

@@ -22,17 +22,24 @@ from tqdm.auto import tqdm
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import LossFn, best_precision, fit
-from prophet_gym.world_model.action_conditioning import carry, displacement, draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
-from prophet_gym.world_model.imagination import frame_rows, replay_episodes
-from prophet_gym.world_model.pipeline import ProphetPipeline, advance_history, frames_to_pixels, pixels_to_frames
+from prophet_gym.world_model.imagination import frame_rows, hand_motions, replay_episodes, track_holds
+from prophet_gym.world_model.pipeline import (
+    ChunkCondition,
+    ProphetPipeline,
+    advance_history,
+    carry_latents,
+    frames_to_pixels,
+    pixels_to_frames,
+)
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
 STAGES = ("transformer", "decoder", "transformer-own-history", "decoder-own-history")
 """After the autoencoder. The second half is against drift: both learn again, from what the first half imagines."""
 
-IMAGINED_EPISODES = 600
+IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,10 +47,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
-        "transformer": {"steps": 7000, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 3700, "batch_size": 16, "learning_rate": 5e-4},
-        "decoder-own-history": {"steps": 2000, "batch_size": 32, "learning_rate": 5e-4},
+        "transformer-own-history": {"steps": 5000, "batch_size": 16, "learning_rate": 7e-4},
+        "decoder-own-history": {"steps": 2500, "batch_size": 32, "learning_rate": 7e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
@@ -74,9 +81,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-CHUNK_FRAMES = 2
-"""Frames in a chunk, as the pipeline has them by default."""
 
 CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
@@ -111,13 +115,15 @@ def autoencoder_loss(
 ) -> LossFn:
     """Error of encoded and decoded crops of what moves and what has colour.
 
-    Half of the decodings have to do without the carried frame and the action frame: the latents must learn to show
+    Half of the decodings have to do without the carried frames and the action frame: the latents must learn to show
     everything. The reference is the episode's first frame, or at times another one, because a user's start may come
     from anywhere. The latents get noise of a random level, so that the decoder forgives the transformer's errors.
 
     Args:
         projections: float32 (E, 3, 4), the camera of each episode of `arrays`.
     """
+
+    holds = track_holds(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, 2, batch_size, generator))
@@ -128,11 +134,13 @@ def autoencoder_loss(
         rows = clip.rows[torch.arange(batch_size), frame]
         window = _Window.choose(arrays, rows, reference_rows, generator)
         pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[reference_rows])
-        carried, drawn = window.conditions(
-            frames_to_pixels(arrays.frames[clip.rows[:, 0]]), arrays, clip.rows[:, 0], rows, projections[clip.episodes]
-        )
+        shown = frames_to_pixels(arrays.frames[torch.stack([clip.rows[:, 0], clip.first_rows], dim=1)])
+        motion = hand_motions(arrays, holds, clip.rows[:, 0], rows, projections[clip.episodes])
+        carried = window.carried(shown, motion)
+        drawn = window.drawn(arrays.proprio[rows], projections[clip.episodes], shown.shape[-1])
         alone = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
-        carried, drawn = torch.where(alone, reference, carried), torch.where(alone, 0.0, drawn)
+        carried = torch.where(alone[:, None], reference[:, None], carried)
+        drawn = torch.where(alone, 0.0, drawn)
         pixels, reference, carried, drawn = (value.to(vae.device) for value in (pixels, reference, carried, drawn))
         latents = vae.encode(pixels)
         level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
@@ -149,6 +157,7 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: "Im
     makes the best of their errors."""
     vae, chunk_frames = pipeline.vae, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
+    holds = track_holds(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
@@ -156,9 +165,10 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: "Im
         latest = rows - 1 - (rows - 1 - first) % chunk_frames  # the frame that the chunk began from
         window = _Window.choose(arrays, rows, first, generator)
         pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[first])
-        carried, drawn = window.conditions(
-            frames_to_pixels(imagined.frames[latest]), arrays, latest, rows, projections[clip.episodes]
-        )
+        shown = frames_to_pixels(torch.stack([imagined.frames[latest], arrays.frames[first]], dim=1))
+        motion = hand_motions(arrays, holds, latest, rows, projections[clip.episodes])
+        carried = window.carried(shown, motion)
+        drawn = window.drawn(arrays.proprio[rows], projections[clip.episodes], shown.shape[-1])
         latents = window.crop(imagined.latents[rows].float(), 8)
         pixels, reference, latents, carried, drawn = (
             value.to(vae.device) for value in (pixels, reference, latents, carried, drawn)
@@ -218,20 +228,14 @@ class _Window:
         """The windows of uint8 frames (N, H, W, 3), as pixels (N, 3, CROP, CROP)."""
         return frames_to_pixels(self.crop(frames.movedim(-1, 1)).movedim(1, -1))
 
-    def conditions(
-        self,
-        latest: torch.Tensor,
-        arrays: EpisodeArrays,
-        latest_rows: torch.Tensor,
-        rows: torch.Tensor,
-        projection: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What else the decoder sees there: the latest frame (N, 3, H, W) as the hand carries it from `latest_rows` to
-        `rows`, (N, 3, CROP, CROP), and the action frame (N, 3, CROP / 2, CROP / 2)."""
-        poses = arrays.proprio[rows][:, None]
-        shift = displacement(arrays.proprio[latest_rows, :3], poses[:, :, :3], projection)
-        drawn = draw_action_frames(poses, projection, latest.shape[-1])
-        return self.crop(carry(latest, shift)[:, 0]), self.crop(drawn[:, 0], 2)
+    def carried(self, images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+        """Images (N, M, 3, H, W), moved by `motion` (N, M, 3), in the windows: (N, M, 3, CROP, CROP)."""
+        moved = carry(images, motion[:, None])[:, 0]
+        return self.crop(moved.flatten(1, 2)).unflatten(1, moved.shape[1:3])
+
+    def drawn(self, poses: torch.Tensor, projection: torch.Tensor, image_size: int) -> torch.Tensor:
+        """The action frames of poses (N, P) in the windows, (N, 3, CROP / 2, CROP / 2)."""
+        return self.crop(draw_action_frames(poses[:, None], projection, image_size)[:, 0], 2)
 
 
 def proprioception_loss(
@@ -253,15 +257,12 @@ def proprioception_loss(
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
         projection = projections[clip.episodes].to(model.device)
         start_images = frames_to_pixels(arrays.frames[clip.first_rows]).to(model.device)
+        start_images = start_images + 0.1 * torch.randn(batch_size, 3, 1, 1, generator=generator).to(model.device)
         in_motion = (first > clip.first_rows)[:, None].to(model.device)
-        blind = torch.rand(batch_size, generator=generator) < 0.2
         state = model.init_state(arrays.proprio[first].to(model.device))
         proprio_dim, losses = arrays.proprio.shape[1], []
         for k in range(frames):
-            # An environment shows the latest frame of the chunk before; at times the start frame, for it will be vague.
-            latest = torch.where(blind, clip.first_rows, first + k - k % CHUNK_FRAMES)
-            latest_images = frames_to_pixels(arrays.frames[latest]).to(model.device)
-            state = model(state, arrays.actions[first + k].to(model.device), start_images, latest_images, projection)
+            state = model(state, arrays.actions[first + k].to(model.device), start_images, projection)
             target = arrays.proprio[first + k + 1].to(model.device)
             error = state[:, :proprio_dim] - target
             scaled = error / model.delta_std
@@ -311,7 +312,7 @@ def transformer_loss(
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
-    weights = contact_weights(arrays)
+    weights, holds = contact_weights(arrays), track_holds(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chunks = 1 + int(step >= 0.5 * steps)
@@ -328,17 +329,15 @@ def transformer_loss(
             present = recent - 1 + chunk * chunk_frames
             rows = clip.rows[:, present : present + chunk_frames + 1]
             clean = latents[rows[:, 1:]].float().to(device)
-            condition = pipeline.observed_condition(
-                arrays.proprio[rows].to(device), arrays.actions[rows[:, :-1]].to(device), projection
-            )
+            condition = _observed_condition(pipeline, arrays, holds, rows, projection)
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
             pure = torch.rand(batch_size, generator=generator) < 0.7
             sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            shift = condition.displacement / pipeline.vae.spatial_compression
-            velocity = transformer(sample, sigma, history, condition.scalars, condition.action_frames, shift)
+            carried = carry_latents(history, condition.motion, pipeline.vae.spatial_compression)
+            velocity = transformer(sample, sigma, history, condition.scalars, condition.action_frames, carried)
             predicted = sample - level * velocity
             moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
             moved = moved.mean(2, keepdim=True)
@@ -349,6 +348,15 @@ def transformer_loss(
         return torch.stack(losses).mean(), logs
 
     return loss_fn
+
+
+def _observed_condition(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, holds: torch.Tensor, rows: torch.Tensor, projection: torch.Tensor
+) -> ChunkCondition:
+    """The conditions of recorded chunks: rows (B, 1 + F), the present and the frames to come."""
+    poses, after, actions = arrays.proprio[rows], holds[rows[:, 1:]], arrays.actions[rows[:, :-1]]
+    device = pipeline.device
+    return pipeline.observed_condition(poses.to(device), after.to(device), actions.to(device), projection)
 
 
 @torch.inference_mode()
@@ -383,7 +391,7 @@ def imagine_training_episodes(
         seed: of the noise.
     """
     device, chunk_frames = pipeline.device, pipeline.chunk_frames
-    projections = pipeline.projection([record.suite for record in arrays.records])
+    projections, holds = pipeline.projection([record.suite for record in arrays.records]), track_holds(arrays)
     imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
     generator = torch.Generator().manual_seed(seed)
     chunks = (int(arrays.lengths.min()) - 1) // chunk_frames
@@ -394,9 +402,7 @@ def imagine_training_episodes(
         history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
         for chunk in range(chunks):
             rows = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames + 1)
-            condition = pipeline.observed_condition(
-                arrays.proprio[rows].to(device), arrays.actions[rows[:, :-1]].to(device), projection
-            )
+            condition = _observed_condition(pipeline, arrays, holds, rows, projection)
             with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
                 pixels, clean = pipeline.generate(history, condition, start, latest, generator)
                 encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])

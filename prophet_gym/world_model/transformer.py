@@ -12,10 +12,11 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
-from prophet_gym.world_model.action_conditioning import FrameActionEmbedding, carry
+from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
 
-_KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]]]
-"""Bias of the choice between the latest frame, the first one and the carried one: an untrained model shows a still."""
+_KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]], [[0.0]]]
+"""Bias of the choice between the latest frame, the first one and the two carried ones: an untrained model shows a
+still."""
 
 
 class _NoText(nn.Module):
@@ -60,9 +61,10 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
     Convolutions around the transformer blocks work at the latents' full resolution, where contact happens: what moves
     is local, and the same everywhere. The blocks between them see the whole chunk at once, in tokens of 2 x 2 latents.
 
-    History frames enter as extra channels of every new frame, so that each place sees its own past, and so does the
-    latest of them as the hand carries it. The raw output is a choice between the first frame, the latest one and the
-    carried one, and a residual: together the clean chunk, from which the rectified-flow velocity follows as
+    History frames enter as extra channels of every new frame, so that each place sees its own past, and so do the
+    carried frames: the latest one as the hand carries it, and the first one as the hand carries what it took there. The
+    raw output is a choice between the first frame, the latest one and the carried ones, and a residual: together the
+    clean chunk, from which the rectified-flow velocity follows as
     `(sample - clean) / sigma`. A static background therefore costs the network nothing, and one sampling step from pure
     noise is the conditional mean.
 
@@ -123,14 +125,14 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.learnable_pos_embed, name))
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
-        self.video_in = nn.Conv2d(latent_channels * (2 + history_frames), conv_channels, 3, padding=1)
+        self.video_in = nn.Conv2d(latent_channels * (3 + history_frames), conv_channels, 3, padding=1)
         # Action frames, of the present and of the new frame, have four times the latents' resolution.
         self.action_frame_in = nn.Conv2d(2 * 3 * 16, conv_channels, 3, padding=1)
         nn.init.zeros_(self.action_frame_in.weight)
         nn.init.zeros_(self.action_frame_in.bias)
         stem, head = ((ConditionedBlock(conv_channels, hidden_dim) for _ in range(count)) for count in conv_blocks)
         self.stem, self.head = nn.ModuleList(stem), nn.ModuleList(head)
-        self.video_out = nn.Conv2d(conv_channels, latent_channels + 3, 3, padding=1)
+        self.video_out = nn.Conv2d(conv_channels, latent_channels + 4, 3, padding=1)
         nn.init.zeros_(self.video_out.weight)
         nn.init.zeros_(self.video_out.bias)
 
@@ -141,7 +143,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         history: torch.Tensor,
         condition: torch.Tensor,
         action_frames: torch.Tensor,
-        displacement: torch.Tensor,
+        carried: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the velocity `noise - clean` of the chunk.
 
@@ -152,15 +154,15 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             condition: (B, F, D_c), see `FrameActionEmbedding`.
             action_frames: (B, 1 + F, 3, 4 h, 4 w), of the present and of each new frame, see `draw_action_frames`;
                 black where the camera is not known.
-            displacement: (B, F, 2), how far the hand moves in the image until each frame, in latents, see `carry`.
+            carried: latents (B, F, 2, C, h, w), the latest frame and the first one as the hand carries them until each
+                frame, see `carry_latents`.
 
         Returns:
             Velocity, float (B, F, C, h, w).
         """
         batch, frames = sample.shape[:2]
         past = history.flatten(1, 2)[:, None].expand(-1, frames, -1, -1, -1)  # (B, F, H C, h, w)
-        carried = carry(history[:, -1], displacement).to(sample.dtype)  # (B, F, C, h, w)
-        video = torch.cat([sample, past, carried], dim=2).flatten(0, 1)  # (B F, (2 + H) C, h, w)
+        video = torch.cat([sample, past, carried.flatten(2, 3)], dim=2).flatten(0, 1)  # (B F, (3 + H) C, h, w)
         drawn = torch.stack([action_frames[:, :1].expand(-1, frames, -1, -1, -1), action_frames[:, 1:]], dim=2)
         drawn = F.pixel_unshuffle(drawn.flatten(0, 1).flatten(1, 2), 4)  # (B F, 2 * 3 * 16, h, w)
 
@@ -195,9 +197,10 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         local = local + wide
         for block in self.head:
             local = block(local, embedding)
-        residual, logits = self.video_out(F.silu(local)).unflatten(0, (batch, frames)).split([sample.shape[2], 3], 2)
-        latest, first, follow = (logits.float() + logits.new_tensor(_KEEP_LATEST)).softmax(dim=2).split(1, dim=2)
-        clean = latest * history[:, -1:] + first * history[:, :1] + follow * carried + residual
+        residual, logits = self.video_out(F.silu(local)).unflatten(0, (batch, frames)).split([sample.shape[2], 4], 2)
+        choice = (logits.float() + logits.new_tensor(_KEEP_LATEST)).softmax(dim=2)  # (B, F, 4, h, w)
+        latest, first, follow = choice[:, :, :1], choice[:, :, 1:2], choice[:, :, 2:, None]
+        clean = latest * history[:, -1:] + first * history[:, :1] + (follow * carried).sum(dim=2) + residual
         return (sample - clean) / sigma[:, None, None, None, None]
 
     @staticmethod
