@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.lerobot_format import EpisodeRecord
+from prophet_gym.reward.base import thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
     choose_threshold,
@@ -74,16 +75,23 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
     classifier, metrics = train_success_classifier(
         episodes(16), episodes(12, seed=1), tmp_path, steps=40, batch_size=16
     )
-    assert metrics["accuracy"] == 1.0 and metrics["frame_auroc"] > 0.99
+    (suite,) = metrics
+    assert metrics[suite]["accuracy"] == 1.0 and metrics[suite]["frame_auroc"] > 0.99
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
-    assert loaded.threshold == classifier.threshold == metrics["threshold"]
+    assert loaded.threshold == classifier.threshold == {suite: metrics[suite]["threshold"]}
     assert torch.equal(loaded.logit_scale, classifier.logit_scale)
     # Begun from the result, one step is enough.
     out = tmp_path / "again"
     _, again = train_success_classifier(
         episodes(16), episodes(12, seed=1), out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded
     )
-    assert again["accuracy"] == 1.0
+    assert again[suite]["accuracy"] == 1.0
+
+
+def test_each_suite_has_its_threshold_and_an_unknown_one_the_highest() -> None:
+    judge = SuccessClassifier(channels=(4, 8, 8), threshold={"libero_object": 0.6, "libero_spatial": 0.8})
+    assert thresholds(judge, ["libero_spatial", "libero_object", "another"]).tolist() == [0.8, 0.6, 0.8]
+    assert thresholds(SuccessClassifier.tiny_random(), ["libero_object"] * 2).tolist() == [0.9, 0.9]
 
 
 def test_peaks_are_taken_at_the_ends_of_chunks() -> None:

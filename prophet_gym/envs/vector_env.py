@@ -25,13 +25,13 @@ from prophet_gym.envs.start_states import (
     load_start_states,
     user_start,
 )
-from prophet_gym.reward.base import RewardModel
+from prophet_gym.reward.base import RewardModel, thresholds
 
 Observation = dict[str, NDArray[Any]]
 
 REWARD_TYPES = ("sparse", "probability")
 
-_STATE = ("_history", "_state", "_embeddings", "_lengths", "_probability", "_done", "_starts", "_seeds")
+_STATE = ("_history", "_state", "_embeddings", "_lengths", "_probability", "_solved", "_done", "_starts", "_seeds")
 
 
 class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
@@ -141,6 +141,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._lengths = np.zeros(num_envs, np.int64)  # frames in each clip
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
+        self._solved = np.zeros(num_envs, np.bool_)  # the probability has reached the threshold
         self._done = np.zeros(num_envs, np.bool_)
         self.paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
@@ -228,7 +229,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         if rows.size:
             before = self._probability[rows]
             self._imagine(rows, actions[rows])
-            terminated[rows] = self._probability[rows] >= self.reward_model.threshold
+            terminated[rows] = self._solved[rows]
             rewards[rows] = terminated[rows] if self.reward_type == "sparse" else self._probability[rows] - before
         truncated = np.zeros(self.num_envs, np.bool_)
         truncated[rows] = ~terminated[rows] & (self._lengths[rows] == self._clips.shape[1])
@@ -342,6 +343,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """The starts of envs ``rows``, all of which have been reset."""
         return [start for start in (self._starts[i] for i in rows.tolist()) if start is not None]
 
+    def _suites_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """The suites of envs ``rows``; a user's own start is taken for one of the suite that the env was made for."""
+        return [self.suite if start.suite == USER_SUITE else start.suite for start in self._starts_of(rows)]
+
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
         assert self._history is not None and self._state is not None  # reset() comes first
@@ -351,8 +356,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             self._state[index],
             torch.from_numpy(actions).to(device),
             images=self._clips[rows[:, None], np.stack([np.zeros_like(rows), self._lengths[rows] - 1], axis=1)],
-            # A user's own start is taken to be seen through the camera of the suite the env was made for.
-            suites=[self.suite if start.suite == USER_SUITE else start.suite for start in self._starts_of(rows)],
+            suites=self._suites_of(rows),
             generator=[self._noise[i] for i in rows.tolist()],
             num_inference_steps=self.num_sampling_steps,
         )
@@ -378,6 +382,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
         )
+        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, self._suites_of(rows))
 
     def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         array = np.asarray(actions)
@@ -410,7 +415,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             "task": start.task,
             "init_state": start.init_state,
             "success_probability": float(self._probability[i]),
-            "is_success": bool(not began and self._probability[i] >= self.reward_model.threshold),
+            "is_success": bool(not began and self._solved[i]),
             "seed": self._seeds[i],
         }
         if not began:

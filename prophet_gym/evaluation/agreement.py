@@ -22,7 +22,7 @@ from prophet_gym.envs.models import resolve_models
 from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, optical_flow
 from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
-from prophet_gym.reward.base import RewardModel
+from prophet_gym.reward.base import RewardModel, thresholds
 from prophet_gym.reward.training import episode_metrics, episode_peaks
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
@@ -46,6 +46,7 @@ class Verdicts:
         kind: as in `Episode`. solved: by the real simulator.
         real_frames, imagined_frames: highest probability that the judge gives at the end of a chunk.
         actions_only: probability of the control that sees the actions alone.
+        threshold: of the judge's probability.
     """
 
     kind: NDArray[np.str_]
@@ -53,16 +54,18 @@ class Verdicts:
     real_frames: NDArray[np.float64]
     imagined_frames: NDArray[np.float64]
     actions_only: NDArray[np.float64]
+    threshold: NDArray[np.float64]
 
-    def report(self, threshold: float) -> dict[str, dict[str, dict[str, float]]]:
+    def report(self) -> dict[str, dict[str, dict[str, float]]]:
         """`episode_metrics` of each of the three, over all episodes and by kind."""
         groups = {"all": np.ones(len(self.kind), bool)} | {
             str(kind): self.kind == kind for kind in np.unique(self.kind)
         }
         return {
             group: {
-                name: episode_metrics(getattr(self, name)[rows], self.solved[rows], limit)
-                for name, limit in (("real_frames", threshold), ("imagined_frames", threshold), ("actions_only", 0.5))
+                "real_frames": episode_metrics(self.real_frames[rows], self.solved[rows], self.threshold[rows]),
+                "imagined_frames": episode_metrics(self.imagined_frames[rows], self.solved[rows], self.threshold[rows]),
+                "actions_only": episode_metrics(self.actions_only[rows], self.solved[rows], 0.5),
             }
             for group, rows in groups.items()
         }
@@ -126,14 +129,14 @@ def evaluate(
             "video": video,
             "proprio": _proprio_report(estimates, arrays.proprio[rows[:, :: pipeline.chunk_frames]][:, 1:]),
             "actions": actions_report(pipeline, arrays, real, imagined, seed),
-            "outcome": verdicts[-1].report(judge.threshold),
+            "outcome": verdicts[-1].report(),
         }
         draw_suite(report, suite, curves, real, imagined)
         logger.info("%s: %s", suite, json.dumps(results[suite], indent=1))
     together = Verdicts(
         **{field.name: np.concatenate([getattr(some, field.name) for some in verdicts]) for field in fields(Verdicts)}
     )
-    results["all"] = {"split": split, "outcome": together.report(judge.threshold)}
+    results["all"] = {"split": split, "outcome": together.report()}
     write_report(report, results)
     return results
 
@@ -263,6 +266,7 @@ def _verdicts(
         real_frames=_judge(judge, arrays, real, chunk_frames),
         imagined_frames=_judge(judge, arrays, imagined, chunk_frames),
         actions_only=_predict_from_actions(load_actions(datasets, "train", chunk_frames), _action_features(arrays)),
+        threshold=thresholds(judge, [record.suite for record in arrays.records]),
     )
 
 

@@ -1,6 +1,6 @@
 """What a reward model is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,10 +11,11 @@ class RewardModel(Protocol):
     """Judges rollouts. Anything with this method and attribute can be passed as `reward_model=` to the environments.
 
     Attributes:
-        threshold: an episode is taken for solved when its probability reaches this value, in (0, 1).
+        threshold: an episode is taken for solved when its probability reaches this value, in (0, 1); one number, or one
+            for each suite.
     """
 
-    threshold: float
+    threshold: float | Mapping[str, float]
 
     def score(
         self,
@@ -35,3 +36,11 @@ class RewardModel(Protocol):
             float32 (B,) in [0, 1].
         """
         ...
+
+
+def thresholds(reward_model: RewardModel, suites: Sequence[str]) -> NDArray[np.float64]:
+    """The threshold of each of these suites, float64 (N,); the highest of all for a suite that has none."""
+    threshold = reward_model.threshold
+    if isinstance(threshold, Mapping):
+        return np.array([threshold.get(suite, max(threshold.values())) for suite in suites])
+    return np.full(len(suites), threshold, np.float64)

@@ -22,13 +22,16 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
         embedding_dim (`int`, defaults to `384`): size of the instruction embedding.
-        threshold (`float`, defaults to `0.5`): probability from which an episode counts as solved; chosen on held-out
-            episodes so that few failures pass.
+        threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
+            solved, or that of each suite; chosen on held-out episodes so that few failures pass.
     """
 
     @register_to_config
     def __init__(
-        self, channels: tuple[int, int, int] = (32, 64, 96), embedding_dim: int = 384, threshold: float = 0.5
+        self,
+        channels: tuple[int, int, int] = (32, 64, 96),
+        embedding_dim: int = 384,
+        threshold: float | dict[str, float] = 0.5,
     ) -> None:
         super().__init__()
         first, second, third = channels
@@ -51,8 +54,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
             return cls(channels=(4, 8, 8), threshold=0.9).eval()
 
     @property
-    def threshold(self) -> float:
-        """Probability from which an episode counts as solved."""
+    def threshold(self) -> float | dict[str, float]:
+        """Probability from which an episode counts as solved, or that of each suite."""
         return self.config.threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ def train_success_classifier(
     device: str = "cpu",
     init: SuccessClassifier | None = None,
     max_false_success_rate: float = 0.05,
-) -> tuple[SuccessClassifier, dict[str, float]]:
+) -> tuple[SuccessClassifier, dict[str, dict[str, float]]]:
     """Train on the frames of one split, calibrate and choose the threshold on another, save to `out / reward`.
 
     Args:
@@ -37,11 +37,12 @@ def train_success_classifier(
         out: folder; checkpoints and TensorBoard logs too. The same call resumes a killed run.
         steps, batch_size, learning_rate, seed, device: of the training.
         init: a classifier to begin from, which stays as it is; None begins from random weights.
-        max_false_success_rate: share of failed validation episodes that the threshold lets pass at most: false
-            successes are what RL exploits.
+        max_false_success_rate: share of a suite's failed validation episodes that its threshold lets pass at most:
+            false successes are what RL exploits.
 
     Returns:
-        The classifier, and its metrics on `val_arrays` (see `episode_metrics`), also written to `reward/metrics.json`.
+        The classifier, and its metrics on each suite of `val_arrays` (see `episode_metrics`; and the AUROC over
+        frames), also written to `reward/metrics.json`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -56,9 +57,16 @@ def train_success_classifier(
     _calibrate(classifier, logits, val_arrays.success)
     probability = torch.sigmoid(logits * classifier.logit_scale.cpu() + classifier.logit_bias.cpu())
     peak, solved = episode_peaks(val_arrays, probability)
-    classifier.register_to_config(threshold=choose_threshold(peak, solved, max_false_success_rate))
-    metrics = {"frame_auroc": float(binary_auroc(probability, val_arrays.success.long()))}
-    metrics |= episode_metrics(peak, solved, classifier.threshold)
+    suites = np.array([record.suite for record in val_arrays.records])
+    frame_suites = np.repeat(suites, val_arrays.lengths.numpy())
+    thresholds: dict[str, float] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    for suite in np.unique(suites).tolist():
+        own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
+        thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
+        auroc = binary_auroc(probability[frames], val_arrays.success[frames].long())
+        metrics[suite] = {"frame_auroc": float(auroc)} | episode_metrics(peak[own], solved[own], thresholds[suite])
+    classifier.register_to_config(threshold=thresholds)
     temporary = out / ".reward.tmp"
     classifier.save_pretrained(temporary)
     (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -160,7 +168,9 @@ def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_f
     return float(min(max(0.5, np.nextafter(limit, 1.0)), 0.999))
 
 
-def episode_metrics(peak: NDArray[np.float64], solved: NDArray[np.bool_], threshold: float) -> dict[str, float]:
+def episode_metrics(
+    peak: NDArray[np.float64], solved: NDArray[np.bool_], threshold: float | NDArray[np.float64]
+) -> dict[str, float]:
     """Accuracy, AUROC, recall and false-success rate of "the peak reaches the threshold" against the real outcomes."""
     judged = peak >= threshold
     mixed = solved.any() and not solved.all()
@@ -172,7 +182,7 @@ def episode_metrics(peak: NDArray[np.float64], solved: NDArray[np.bool_], thresh
         "auroc": auroc,
         "recall": float(judged[solved].mean()) if solved.any() else float("nan"),
         "false_success_rate": float(judged[~solved].mean()) if (~solved).any() else float("nan"),
-        "threshold": threshold,
+        "threshold": float(np.mean(threshold)),
     }
 
 
