@@ -47,9 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
-        "transformer": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
+        "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 5000, "batch_size": 16, "learning_rate": 7e-4},
+        "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
         "decoder-own-history": {"steps": 2500, "batch_size": 32, "learning_rate": 7e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
