@@ -87,6 +87,9 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     # An untrained world model paints nothing red: it is right about the failures alone.
     assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
     assert outcome["actions_only"]["accuracy"] == 1
+    # The real frames are red from the first chunk's end, so within it, too, the judge is right.
+    assert report["outcome"]["within 1 chunks"].keys() == {"real_frames", "imagined_frames"}
+    assert report["outcome"]["within 1 chunks"]["real_frames"]["accuracy"] == 1
 
     video = report["video"]
     real = np.stack([episode(index, "val").frames for index in range(24, 30)])

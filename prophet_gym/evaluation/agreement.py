@@ -37,16 +37,16 @@ COUNTERFACTUAL_EPISODES = 16
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What is said about the outcomes of some episodes; arrays of one entry per episode.
+    """What is said about the outcomes of E episodes of C chunks.
 
     An episode is solved when the simulator (or the judge, past its threshold) says so at the end of any chunk: that is
     when an environment would have ended it.
 
     Attributes:
-        kind: as in `Episode`. solved: by the real simulator.
-        real_frames, imagined_frames: highest probability that the judge gives at the end of a chunk.
-        actions_only: probability of the control that sees the actions alone.
-        threshold: of the judge's probability.
+        kind: (E,), as in `Episode`. solved: (E, C), by the real simulator at the end of each chunk.
+        real_frames, imagined_frames: (E, C), the judge's probability at the end of each chunk.
+        actions_only: (E,), probability of the control that sees the actions alone, all of them.
+        threshold: (E,), of the judge's probability.
     """
 
     kind: NDArray[np.str_]
@@ -57,18 +57,23 @@ class Verdicts:
     threshold: NDArray[np.float64]
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`episode_metrics` of each of the three, over all episodes and by kind."""
-        groups = {"all": np.ones(len(self.kind), bool)} | {
-            str(kind): self.kind == kind for kind in np.unique(self.kind)
-        }
-        return {
-            group: {
-                "real_frames": episode_metrics(self.real_frames[rows], self.solved[rows], self.threshold[rows]),
-                "imagined_frames": episode_metrics(self.imagined_frames[rows], self.solved[rows], self.threshold[rows]),
-                "actions_only": episode_metrics(self.actions_only[rows], self.solved[rows], 0.5),
+        """`episode_metrics` of each of the three, over all episodes and by kind; and of what is solved within a quarter, a
+        half and three quarters of the episode, without the control, which sees how it goes on."""
+        everything, chunks = np.ones(len(self.kind), bool), self.solved.shape[1]
+        groups = {"all": (everything, chunks)}
+        groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
+        horizons = sorted({max(1, chunks * quarter // 4) for quarter in (1, 2, 3)} - {chunks})
+        groups |= {f"within {horizon} chunks": (everything, horizon) for horizon in horizons}
+        report = {}
+        for group, (rows, horizon) in groups.items():
+            solved = self.solved[rows, :horizon].max(1)
+            report[group] = {
+                name: episode_metrics(getattr(self, name)[rows, :horizon].max(1), solved, self.threshold[rows])
+                for name in ("real_frames", "imagined_frames")
             }
-            for group, rows in groups.items()
-        }
+            if horizon == chunks:
+                report[group]["actions_only"] = episode_metrics(self.actions_only[rows], solved, 0.5)
+        return report
 
 
 def evaluate(
@@ -259,10 +264,10 @@ def _verdicts(
     datasets: Sequence[EpisodeDataset],
 ) -> Verdicts:
     """All verdicts on the episodes of `arrays`; the control is trained on the training split of `datasets`."""
-    _, solved = episode_peaks(arrays, torch.zeros(len(arrays.frames)), chunk_frames)
+    ends = frame_rows(arrays, torch.arange(len(arrays.records)), chunk_frames)[:, chunk_frames::chunk_frames]
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
-        solved=solved,
+        solved=arrays.success[ends].numpy(),
         real_frames=_judge(judge, arrays, real, chunk_frames),
         imagined_frames=_judge(judge, arrays, imagined, chunk_frames),
         actions_only=_predict_from_actions(load_actions(datasets, "train", chunk_frames), _action_features(arrays)),
@@ -306,14 +311,14 @@ def _predict_from_actions(control: tuple[torch.Tensor, torch.Tensor], features: 
 def _judge(
     judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], chunk_frames: int
 ) -> NDArray[np.float64]:
-    """Highest probability at the end of any chunk, per clip (N, T + 1, H, W, 3): float (N,)."""
+    """Probability at the end of each chunk, per clip (N, T + 1, H, W, 3): float (N, C)."""
     instructions = [record.instruction for record in arrays.records]
     embeddings = embed_instructions(instructions)
     scores = [
         judge.score(clips[:, : end + 1], np.full(len(clips), end + 1), instructions, embeddings)
         for end in range(chunk_frames, clips.shape[1], chunk_frames)
     ]
-    return np.max(scores, axis=0).astype(np.float64)
+    return np.stack(scores, axis=1).astype(np.float64)
 
 
 @torch.inference_mode()
