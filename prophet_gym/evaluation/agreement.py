@@ -57,8 +57,8 @@ class Verdicts:
     threshold: NDArray[np.float64]
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`episode_metrics` of each of the three, over all episodes and by kind; and of what is solved within a quarter, a
-        half and three quarters of the episode, without the control, which sees how it goes on."""
+        """`episode_metrics` of each of the three, over all episodes and by kind; and of what is solved within a
+        quarter, a half and three quarters of the episode, without the control, which sees how it goes on."""
         everything, chunks = np.ones(len(self.kind), bool), self.solved.shape[1]
         groups = {"all": (everything, chunks)}
         groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
