@@ -2,11 +2,11 @@
 
     python benchmarks/ablation.py --out runs/ablation
 
-``reach``: a point with inertia must come to rest on a goal. ``push``: a disc must go round a puck, on one side or the
-other, and push it onto a goal; contact is a discontinuity, and the demonstrations are bimodal. Both are driven by action
-chunks and paid 1 at success, nothing else. Every variant of FA-GRPO starts from the same flow policy of its seed, cloned
-from an imperfect expert, and PPO from a Gaussian policy of as many weights (and a critic of as many), cloned from the
-same demonstrations. Learning rates were chosen on a seed of its own:
+``reach``: a point with inertia must come to rest on a goal. ``push``: a disc must go round a puck, on one side or
+the other, and push it onto a goal; contact is a discontinuity, and the demonstrations are bimodal. Both are driven by
+action chunks and paid 1 at success, nothing else. Every variant of FA-GRPO starts from the same flow policy of its
+seed, cloned from an imperfect expert, and PPO from a Gaussian policy of as many weights (and a critic of as many),
+cloned from the same demonstrations. Learning rates were chosen on a seed of its own:
 
     python benchmarks/ablation.py --names chunk --first-seed 100 --seeds 1 --learning-rate 1e-4 --out runs/tuning
 
