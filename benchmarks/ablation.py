@@ -56,7 +56,7 @@ POLICY = {
 CLONING = {"num_updates": 2500, "learning_rate": 2e-3, "batch_size": 128}
 FAGRPO_SETTINGS = {"group_size": 8, "batch_size": 128, "n_epochs": 2}
 PPO_SETTINGS = {"batch_size": 80, "n_epochs": 10, "policy_kwargs": {"net_arch": [256, 256]}}
-LEARNING_RATES = {"FA-GRPO": 5e-5, "PPO": 3e-4}
+LEARNING_RATES = {"FA-GRPO": 5e-5, "PPO": 1e-4}
 
 
 class PlaneTask(VecEnv):
