@@ -68,10 +68,11 @@ class FAGRPO(OnPolicyAlgorithm):
         step k)
 
     With a VecEnv of n_envs environments, each group of ``group_size`` neighbouring ones is reset with one seed, or with
-    the same options (``group_options``). With fewer environments than a group, the group is collected in several rounds, down to consecutive episodes of a single
-    environment. While the last episodes of a rollout end, the other environments idle; a VecEnv that itself has an
-    attribute ``paused``, bool (n_envs,), is told which. Rewards are taken as the environments give them, also behind
-    ``VecNormalize``, whose running scale would make equal returns differ; group normalisation does the scaling.
+    the same options (``group_options``). With fewer environments than a group, the group is collected in several
+    rounds, down to consecutive episodes of a single environment. While the last episodes of a rollout end, the other
+    environments idle; a VecEnv that itself has an attribute ``paused``, bool (n_envs,), is told which. Rewards are
+    taken as the environments give them, also behind ``VecNormalize``, whose running scale would make equal returns
+    differ; group normalisation does the scaling.
 
     :param policy: "FlowPolicy" or "FlowMultiInputPolicy", a FlowPolicy class, or a FlowPolicy instance (say, a cloned
         one), whose settings and weights are copied
