@@ -463,7 +463,6 @@ def test_actions_are_clipped_for_the_environment_and_nowhere_else(cloned: FlowPo
     samples = model.rollout_buffer.samples
     assert samples is not None
     assert float(model.policy.unnormalize_action(samples.chain.sample).abs().max()) > 1.0
-    assert torch.equal(samples.chain.states[1:] - samples.chain.means != 0, torch.ones_like(samples.chain.means).bool())
 
 
 def test_demonstrations_regularise(cloned: FlowPolicy) -> None:
@@ -635,6 +634,24 @@ def test_environments_whose_episode_is_over_are_paused() -> None:
     model.learn(12)
     waiting = [True, False, True, False]
     assert env.told == [[False] * 4, waiting, waiting, [False] * 4]
+
+
+def test_nothing_is_learned_from_environments_whose_episode_is_over() -> None:
+    class Paying(PointReach):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            obs, _, terminated, truncated, info = super().step(action)
+            return obs, float(self.horizon), terminated, truncated, info
+
+    horizons = (1, 3, 2, 5)
+    env = DummyVecEnv([lambda horizon=horizon: Paying(horizon, radius=0.0) for horizon in horizons])
+    model = FAGRPO("FlowPolicy", env, group_size=4, batch_size=None, policy_kwargs=SMALL, seed=0, device="cpu")
+    model.learn(1)
+    samples = model.rollout_buffer.samples
+    assert samples is not None and model.num_timesteps == 4 * 5
+    returns = np.array([horizon**2 for horizon in horizons])  # of the first episode alone
+    expected = np.repeat((returns - returns.mean()) / returns.std(), horizons)
+    assert len(samples) == sum(horizons)
+    np.testing.assert_allclose(np.sort(samples.advantages.numpy()), np.sort(expected), rtol=1e-4)
 
 
 class Chunks(gym.Env):
