@@ -5,7 +5,8 @@
 Both learn from the same number of environment actions, in as many epochs and batches of the same size. FA-GRPO scores
 every flow step of every action, so its cost grows with K; the table says how, and how it grows with the group size.
 Every row is a process of its own; all ratios are to the PPO of the same run with as many actions. Memory is how far the
-resident set grows during the first update, the optimizer's state included (Linux); time is that of the later ones.
+resident set grows during the first update, the optimizer's state included (Linux); time is the processor time of the
+later ones, of one thread, so that other programs on the machine change it little.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Noise(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
 
 class UpdateCost(BaseCallback):
-    """Seconds, and growth of the resident set in MB, of every update."""
+    """Processor seconds, and growth of the resident set in MB, of every update."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +74,11 @@ class UpdateCost(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self._begin = time.perf_counter(), _resident("VmRSS")
+        self._begin = time.process_time(), _resident("VmRSS")
 
     def _on_rollout_start(self) -> None:
         if self._begin is not None:
-            self.seconds.append(time.perf_counter() - self._begin[0])
+            self.seconds.append(time.process_time() - self._begin[0])
             self.megabytes.append(_resident("VmHWM") - self._begin[1])
 
     _on_training_end = _on_rollout_start

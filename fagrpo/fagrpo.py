@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -67,11 +67,12 @@ class FAGRPO(OnPolicyAlgorithm):
         mean_{i,s} min(r A, clip(r, 1 - low, 1 + high) A) - kl_coef KL(pi || pi_ref),   r = exp(sum_k log-ratio of flow
         step k)
 
-    With a VecEnv of n_envs environments, each group of ``group_size`` neighbouring ones is reset with one seed. With
-    fewer environments than a group, the group is collected in several rounds, down to consecutive episodes of a single
-    environment. While the last episodes of a rollout end, the other environments idle; a VecEnv that itself has an
-    attribute ``paused``, bool (n_envs,), is told which. Rewards are taken as the environments give them, also behind
-    ``VecNormalize``, whose running scale would make equal returns differ; group normalisation does the scaling.
+    With a VecEnv of n_envs environments, each group of ``group_size`` neighbouring ones is reset with one seed, or with
+    the same options (``group_options``). With fewer environments than a group, the group is collected in several
+    rounds, down to consecutive episodes of a single environment. While the last episodes of a rollout end, the other
+    environments idle; a VecEnv that itself has an attribute ``paused``, bool (n_envs,), is told which. Rewards are
+    taken as the environments give them, also behind ``VecNormalize``, whose running scale would make equal returns
+    differ; group normalisation does the scaling.
 
     :param policy: "FlowPolicy" or "FlowMultiInputPolicy", a FlowPolicy class, or a FlowPolicy instance (say, a cloned
         one), whose settings and weights are copied
@@ -85,6 +86,10 @@ class FAGRPO(OnPolicyAlgorithm):
         environment, as SB3's other algorithms; environments of a group begin together, later episodes are compared by
         their number, and episodes cut off by the end are left out unless they are an environment's first.
     :param max_episode_steps: episodes are cut here when n_steps is None
+    :param group_options: draws the reset options of a group: a function of a ``numpy.random.Generator``, which belongs
+        to the model. All environments of the group are reset with these options (``VecEnv.set_options``) and each with
+        a seed of its own, so that they share the start that the options name and nothing else. None: no options, one
+        seed per group. Not with n_steps, whose later episodes the environments begin by themselves.
     :param batch_size: environment actions per optimiser step; None: all of a rollout
     :param micro_batch_size: actions per forward-backward pass, gradients are accumulated over a batch; None: batch_size
     :param n_epochs: passes over a rollout
@@ -135,6 +140,7 @@ class FAGRPO(OnPolicyAlgorithm):
         n_groups: int | None = None,
         n_steps: int | None = None,
         max_episode_steps: int = 1000,
+        group_options: Callable[[np.random.Generator], dict[str, Any]] | None = None,
         batch_size: int | None = 256,
         micro_batch_size: int | None = None,
         n_epochs: int = 2,
@@ -199,6 +205,8 @@ class FAGRPO(OnPolicyAlgorithm):
             raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
         if bc_coef > 0 and demonstrations is None:
             raise ValueError("bc_coef > 0 needs demonstrations")
+        if group_options is not None and n_steps is not None:
+            raise ValueError("group_options need whole episodes: leave n_steps out")
 
         initial_policy: FlowPolicy | None = None
         policy_class: str | type[FlowPolicy]
@@ -234,6 +242,7 @@ class FAGRPO(OnPolicyAlgorithm):
         self.group_size = group_size
         self.n_groups = n_groups
         self.max_episode_steps = max_episode_steps
+        self.group_options = group_options
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.n_epochs = n_epochs
@@ -377,8 +386,10 @@ class FAGRPO(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
-    def _reset(self, env: VecEnv, seeds: np.ndarray) -> VecEnvObs:
-        """Reset all environments, each with its own seed."""
+    def _reset(self, env: VecEnv, seeds: np.ndarray, options: list[dict[str, Any]] | None = None) -> VecEnvObs:
+        """Reset all environments, each with its own seed and options."""
+        if options is not None:
+            env.set_options(options)
         # SB3's seed() gives every environment another one; the list it fills is what reset() reads.
         env.unwrapped._seeds = [int(seed) for seed in seeds]
         return env.reset()
@@ -391,13 +402,18 @@ class FAGRPO(OnPolicyAlgorithm):
     ) -> frozenset[int] | None:
         """The first episode of every environment after a group reset, in as many rounds as the groups need."""
         n_groups = self._count_groups(env)
-        group_seeds = self._draw_seeds(n_groups)
+        seeds = self._draw_seeds(n_groups).repeat(self.group_size)  # one per episode
+        options: list[dict[str, Any]] | None = None
+        if self.group_options is not None:
+            seeds = self._draw_seeds(n_groups * self.group_size)
+            chosen = [self.group_options(self._start_rng) for _ in range(n_groups)]
+            options = [chosen[i // self.group_size] for i in range(n_groups * self.group_size)]
         for first in range(0, n_groups * self.group_size, env.num_envs):
             episodes = first + np.arange(env.num_envs)
             groups = episodes // self.group_size
             for episode, group in zip(episodes.tolist(), groups.tolist(), strict=True):
                 rollout_buffer.start_episode(episode, group)
-            obs = self._reset(env, group_seeds[groups])
+            obs = self._reset(env, seeds[episodes], options and options[first : first + env.num_envs])
             running = np.ones(env.num_envs, dtype=bool)
             for step in range(self.max_episode_steps):
                 rows = np.flatnonzero(running)

@@ -8,7 +8,8 @@ SDE with the same marginals, so that each step is Gaussian and has a log-density
 
     mean = x (1 - sigma^2 delta / (2 t)) - v delta (1 + sigma^2 (1 - t) / (2 t)),    std = sigma sqrt(delta)
 
-Everything is computed in float32 (float64 for float64 input), whatever the network's precision is.
+Everything is computed in float32, whatever the precision of the input or of the network is; only the coefficients of a
+transition, functions of the times, are computed in float64 first.
 """
 
 import math
@@ -43,14 +44,10 @@ def time_grid(num_steps: int, shift: float = 1.0) -> Tensor:
 
 def _as_time(value: float | Tensor, like: Tensor) -> Tensor:
     """A time as a tensor whose dimensions line up with the leading dimensions of ``like``."""
-    time = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    time = torch.as_tensor(value, dtype=torch.float64, device="cpu")  # not every accelerator has float64
     if time.ndim > like.ndim:
         raise ValueError(f"a time of shape {tuple(time.shape)} does not broadcast against a batch {tuple(like.shape)}")
     return time.reshape(time.shape + (1,) * (like.ndim - time.ndim))
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def transition_coefficients(
@@ -98,15 +95,15 @@ def sde_transition(
     :param t_next: next time, likewise, in [0, t)
     :param noise_level: a >= 0; 0 is the Euler ODE step exactly, with std 0
     :param schedule: "flow" or "constant", see :func:`transition_coefficients`
-    :return: mean (B, *A) and std (broadcastable against it), float32 (float64 for float64 input)
+    :return: mean (B, *A) and std (broadcastable against it), float32
     :raises ValueError: shapes that differ, times out of order, an unknown schedule, a negative noise level
     """
     if sample.shape != velocity.shape:
         raise ValueError(f"sample {tuple(sample.shape)} and velocity {tuple(velocity.shape)} must have the same shape")
-    dtype = _compute_dtype(sample)
-    sample, velocity = sample.to(dtype), velocity.to(dtype)
-    sample_coefficient, velocity_coefficient, std = transition_coefficients(
-        _as_time(t, sample), _as_time(t_next, sample), noise_level, schedule
+    sample, velocity = sample.float(), velocity.float()
+    sample_coefficient, velocity_coefficient, std = (
+        coefficient.float().to(sample.device)
+        for coefficient in transition_coefficients(_as_time(t, sample), _as_time(t_next, sample), noise_level, schedule)
     )
     return sample_coefficient * sample + velocity_coefficient * velocity, std
 
@@ -117,11 +114,10 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     :param x: (B, *A)
     :param mean: same shape
     :param std: broadcastable, positive
-    :return: float32 (float64 for float64 input), the broadcast shape
+    :return: float32, the broadcast shape
     :raises ValueError: a std that is not positive: a deterministic step has no density and must be left out
     """
-    dtype = _compute_dtype(x)
-    x, mean, std = x.to(dtype), mean.to(dtype), std.to(dtype)
+    x, mean, std = x.float(), mean.float(), std.float()
     if not bool((std > 0).all()):
         raise ValueError(
             "every std must be positive: a deterministic flow step (noise_level 0 or outside sde_steps) has no "
@@ -136,11 +132,10 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
     :param mean: (B, *A)
     :param mean_ref: same shape
     :param std: broadcastable, positive: the transition's std, which both policies share
-    :return: float32 (float64 for float64 input), >= 0
+    :return: float32, >= 0
     :raises ValueError: a std that is not positive
     """
-    dtype = _compute_dtype(mean)
-    mean, mean_ref, std = mean.to(dtype), mean_ref.to(dtype), std.to(dtype)
+    mean, mean_ref, std = mean.float(), mean_ref.float(), std.float()
     if not bool((std > 0).all()):
         raise ValueError("every std must be positive: between two deterministic flow steps the KL is infinite or 0")
     return 0.5 * ((mean - mean_ref) / std).square()
@@ -254,18 +249,17 @@ def sample_chain(
     :return: the chain
     :raises ValueError: a step out of range, a velocity of another shape, or what :func:`sde_transition` refuses
     """
-    dtype = _compute_dtype(noise)
-    x = noise.to(dtype)
+    x = noise.float()
     times = time_grid(num_steps, shift)
     stochastic = _stochastic_steps(num_steps, noise_level, sde_steps)
     noise_device = x.device if generator is None else generator.device
     states, means, stds, log_probs = [x], [], [], []
     for k in range(num_steps):
         t, t_next = times[k].item(), times[k + 1].item()
-        velocity = velocity_fn(x, torch.full((len(x),), t, dtype=dtype, device=x.device))
+        velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device))
         mean, std = sde_transition(x, velocity, t, t_next, noise_level if stochastic[k] else 0.0, schedule)
         if stochastic[k]:
-            eps = torch.randn(x.shape, generator=generator, dtype=dtype, device=noise_device).to(x.device)
+            eps = torch.randn(x.shape, generator=generator, device=noise_device).to(x.device)
             x = mean + std * eps
             log_probs.append(gaussian_log_prob(x, mean, std))
         else:
@@ -296,7 +290,7 @@ def chain_means(velocity_fn: VelocityFn, chain: FlowChain, steps: Sequence[int] 
     means = []
     for k in chain.sde_steps if steps is None else steps:
         x, t, t_next = chain.states[k], chain.times[k].item(), chain.times[k + 1].item()
-        velocity = velocity_fn(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+        velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device))
         noise_level = chain.noise_level if chain.stds[k] > 0 else 0.0
         means.append(sde_transition(x, velocity, t, t_next, noise_level, chain.schedule)[0])
     return torch.stack(means)

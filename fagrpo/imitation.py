@@ -200,7 +200,7 @@ def behaviour_cloning(
     :param learning_rate: peak, after ``warmup_updates`` of linear warm-up
     :param weight_decay: of AdamW
     :param max_grad_norm: gradient clipping
-    :param ema_decay: of the weight average
+    :param ema_decay: of the weight average, which begins with a shorter memory: (1 + n) / (10 + n) after n updates
     :param image_shift: random shift of images, in pixels; 0: none
     :param color_jitter_strength: see :func:`color_jitter`; 0: none
     :param validation_fraction: share of episodes held out; 0: none, the last weights are kept

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
-from fagrpo.flow_sde import time_grid, transition_coefficients
+from fagrpo.flow_sde import chain_means, score_chain, time_grid, transition_coefficients
 from fagrpo.objective import aggregate_log_ratio, clipped_objective
 from fagrpo.rollout_buffer import GroupRolloutSamples
 
@@ -326,6 +326,145 @@ def test_a_window_of_stochastic_steps(cloned: FlowPolicy) -> None:
     assert rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
 
 
+class Disturb(BaseCallback):
+    """Change the policy between a rollout and its update, so that ratios are spread and there is a KL."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        noise = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.model.policy.flow_head.parameters():
+                weight += 0.02 * torch.randn(weight.shape, generator=noise)
+
+
+def disturbed(policy: FlowPolicy, **arguments: Any) -> tuple[FAGRPO, dict[str, Any]]:
+    """A model whose one update was made from a disturbed policy, with a learning rate of 0, and what it logged."""
+    settings: dict[str, Any] = {"learning_rate": 0.0, "n_epochs": 1, "batch_size": None, "seed": 0} | arguments
+    model = FAGRPO(policy, point_envs(64), max_episode_steps=3, device="cpu", **settings)
+    recorder = Recorder()
+    model.set_logger(Logger(None, [recorder]))
+    with pytest.warns(UserWarning, match="before the first update"):
+        model.learn(1, callback=Disturb())
+    model.logger.dump()
+    return model, recorder.rows[-1]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 50])
+@pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
+@pytest.mark.parametrize(("low", "high", "dual"), [(0.2, None, None), (0.1, 0.4, None), (0.1, 0.4, 1.3)])
+def test_the_update_minimises_the_published_objective(
+    cloned: FlowPolicy, ratio: str, low: float, high: float | None, dual: float | None, micro_batch_size: int | None
+) -> None:
+    """The logged loss against one written out with plain exponentials, where clips bind on both sides."""
+    arguments = {"clip_range": low, "clip_range_high": high, "dual_clip": dual, "micro_batch_size": micro_batch_size}
+    model, row = disturbed(cloned, ratio=ratio, flow_scale="none", **arguments)
+    samples = model.rollout_buffer.samples
+    assert samples is not None
+    with torch.no_grad():
+        context = model.policy.encode(samples.observations)
+        scores = score_chain(lambda x, t: model.policy.velocity(x, t, context), samples.chain)
+    difference = scores - samples.chain.log_probs  # (K, B, 4, 2)
+    r = {"chunk": difference.sum((0, 2, 3)), "dim": difference.sum(0), "flow_step": difference.sum((2, 3))}[ratio].exp()
+    a = samples.advantages.reshape(-1, 1, 1) if ratio == "dim" else samples.advantages
+    top = low if high is None else high
+    objective = torch.minimum(r * a, r.clamp(1 - low, 1 + top) * a)
+    if dual is not None:
+        assert bool(((a < 0) & (objective < dual * a)).any()), "the dual clip never binds"
+        objective = torch.where(a < 0, torch.maximum(objective, dual * a), objective)
+    assert bool((r > 1 + top).any()) and bool((r < 1 - low).any()), "a clip never binds"
+    expected = -objective.sum() / len(samples)
+    assert row["train/policy_gradient_loss"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+    clipped = ((r > 1 + top) | (r < 1 - low)).float().mean()
+    assert row["train/clip_fraction"] == pytest.approx(float(clipped), abs=2e-3)
+
+
+def test_the_kl_is_that_of_the_transitions_as_distributions(cloned: FlowPolicy) -> None:
+    mask = np.array([[True, False]] * 4)
+    model, row = disturbed(cloned, kl_coef=0.3, flow_scale="none", action_mask=mask)
+    samples, reference = model.rollout_buffer.samples, model.reference_policy
+    assert samples is not None and reference is not None
+    with torch.no_grad():
+        means = []
+        for policy in (model.policy, reference):
+            context = policy.encode(samples.observations)
+            means.append(
+                chain_means(lambda x, t, policy=policy, context=context: policy.velocity(x, t, context), samples.chain)
+            )
+    std = samples.chain.stds.reshape(-1, 1, 1, 1)
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(means[0], std), normal(means[1], std))
+    expected = float(divergence[..., 0].sum() / len(samples))
+    assert expected > 0.01
+    assert row["train/kl_loss"] == pytest.approx(expected, rel=1e-3)
+    assert row["train/loss"] == pytest.approx(row["train/policy_gradient_loss"] + 0.3 * expected, rel=1e-3)
+
+
+def test_learning_rate_and_clip_ranges_follow_their_schedules(cloned: FlowPolicy) -> None:
+    model = FAGRPO(
+        cloned,
+        point_envs(8, radius=0.2),
+        learning_rate=lambda remaining: 1e-3 * remaining,
+        clip_range=lambda remaining: 0.1 + 0.1 * remaining,
+        clip_range_high=lambda remaining: 0.2 + 0.2 * remaining,
+        max_episode_steps=3,
+        seed=0,
+        device="cpu",
+    )
+    rates: list[float] = []
+
+    class Rates(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+
+    recorder = Recorder()
+    model.set_logger(Logger(None, [recorder]))
+    model.learn(96, callback=Rates())
+    model.logger.dump()
+    rates.append(model.policy.optimizer.param_groups[0]["lr"])
+    rows = [row for row in recorder.rows if "train/clip_range" in row]
+    assert len(rows) >= 3
+    counts = [row["time/total_timesteps"] for row in rows[:-1]] + [model.num_timesteps]
+    remaining = 1 - np.array(counts) / 96
+    # A dump comes before the update of its rollout, so it holds the values of the update before.
+    logged = remaining[:-1]
+    assert [row["train/clip_range"] for row in rows[1:]] == pytest.approx(0.1 + 0.1 * logged)
+    assert [row["train/clip_range_high"] for row in rows[1:]] == pytest.approx(0.2 + 0.2 * logged)
+    assert [row["train/learning_rate"] for row in rows[1:]] == pytest.approx(1e-3 * logged)
+    assert rates[-1] == pytest.approx(1e-3 * remaining[-1])
+
+
+def test_gradients_are_clipped_to_their_norm(cloned: FlowPolicy) -> None:
+    """Plain gradient descent moves the weights by exactly learning rate times the clipped norm."""
+    policy = FlowPolicy(PointReach.observation_space, PointReach.action_space, optimizer_class=torch.optim.SGD, **SMALL)
+    policy.load_state_dict(cloned.state_dict())
+    model, rows = train(policy, 1, learning_rate=0.1, max_grad_norm=0.01, batch_size=None, n_epochs=1)
+    pairs = zip(model.policy.parameters(), cloned.parameters(), strict=True)
+    moved = float(torch.stack([(a - b).detach().square().sum() for a, b in pairs]).sum().sqrt())
+    assert rows[-1]["train/grad_norm"] > 0.01
+    assert moved == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_actions_are_clipped_for_the_environment_and_nowhere_else(cloned: FlowPolicy) -> None:
+    sent: list[np.ndarray] = []
+
+    class Listening(PointReach):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            sent.append(action)
+            return super().step(action)
+
+    model = FAGRPO(cloned, DummyVecEnv([Listening] * 16), noise_level=1.0, seed=0, max_episode_steps=3, device="cpu")
+    model.learn(1)
+    assert np.abs(sent).max() == 1.0
+    samples = model.rollout_buffer.samples
+    assert samples is not None
+    assert float(model.policy.unnormalize_action(samples.chain.sample).abs().max()) > 1.0
+
+
 def test_demonstrations_regularise(cloned: FlowPolicy) -> None:
     data = point_demonstrations(100, 0.07, 0.3)
     _, rows = train(cloned, 1, bc_coef=0.5, demonstrations=data)
@@ -365,6 +504,54 @@ def test_a_group_shares_its_start_and_groups_differ() -> None:
     assert len(set(starts[:4])) == len(set(starts[4:])) == 1 and starts[0] != starts[4]
 
 
+class Task(PointReach):
+    """The start is an option; the seed draws a wind."""
+
+    seen: list[tuple[int, float]]
+
+    def __init__(self) -> None:
+        super().__init__(horizon=2, radius=0.5)
+        self.seen = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if options:
+            self.seen.append((options["task"], float(self.np_random.uniform())))
+            self.position = np.full(2, options["task"] / 10)
+        return self.observe(), {}
+
+
+def test_a_group_shares_its_options_and_nothing_else(tmp_path: Path) -> None:
+    def options(rng: np.random.Generator) -> dict[str, Any]:
+        return {"task": int(rng.integers(10_000))}
+
+    def seen(num_envs: int, updates: int, model: FAGRPO | None = None) -> tuple[FAGRPO, list[list[tuple[int, float]]]]:
+        envs = [Task() for _ in range(num_envs)]
+        waiting = iter(envs)
+        venv = VecMonitor(DummyVecEnv([lambda: next(waiting)] * num_envs))
+        model = model or FAGRPO(
+            "FlowPolicy", venv, group_size=4, n_groups=2, group_options=options, policy_kwargs=SMALL, seed=0
+        )
+        model.set_env(venv)
+        for _ in range(updates):
+            model.learn(1, reset_num_timesteps=False)
+        return model, [env.seen for env in envs]
+
+    model, starts = seen(8, 1)
+    assert all(len(of_env) == 1 for of_env in starts)
+    tasks, winds = zip(*(of_env[0] for of_env in starts), strict=True)
+    assert len(set(tasks[:4])) == len(set(tasks[4:])) == 1 and tasks[0] != tasks[4]
+    assert len(set(winds)) == 8
+    # Fewer environments take turns at the same groups.
+    _, rounds = seen(2, 1)
+    assert [task for task, _ in rounds[0]] == [task for task, _ in rounds[1]] == [tasks[0]] * 2 + [tasks[4]] * 2
+    # A saved model goes on with the groups that an unbroken run would have.
+    model.save(tmp_path / "model")
+    _, unbroken = seen(8, 1, model)
+    _, resumed = seen(8, 1, FAGRPO.load(tmp_path / "model"))
+    assert resumed == unbroken != starts
+
+
 def test_fewer_environments_than_a_group_take_turns() -> None:
     starts = list(collected_starts(2, group_size=4, n_groups=2))
     assert starts[0] == starts[1] and len(starts[0]) == 4
@@ -400,6 +587,7 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
         ({"group_size": 5, "n_groups": 3}, "do not divide"),
         ({"sde_window": 11}, "sde_window"),
         ({"action_mask": np.ones(3)}, "action_mask"),
+        ({"group_options": lambda rng: {}, "n_steps": 4}, "whole episodes"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -446,6 +634,24 @@ def test_environments_whose_episode_is_over_are_paused() -> None:
     model.learn(12)
     waiting = [True, False, True, False]
     assert env.told == [[False] * 4, waiting, waiting, [False] * 4]
+
+
+def test_nothing_is_learned_from_environments_whose_episode_is_over() -> None:
+    class Paying(PointReach):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            obs, _, terminated, truncated, info = super().step(action)
+            return obs, float(self.horizon), terminated, truncated, info
+
+    horizons = (1, 3, 2, 5)
+    env = DummyVecEnv([lambda horizon=horizon: Paying(horizon, radius=0.0) for horizon in horizons])
+    model = FAGRPO("FlowPolicy", env, group_size=4, batch_size=None, policy_kwargs=SMALL, seed=0, device="cpu")
+    model.learn(1)
+    samples = model.rollout_buffer.samples
+    assert samples is not None and model.num_timesteps == 4 * 5
+    returns = np.array([horizon**2 for horizon in horizons])  # of the first episode alone
+    expected = np.repeat((returns - returns.mean()) / returns.std(), horizons)
+    assert len(samples) == sum(horizons)
+    np.testing.assert_allclose(np.sort(samples.advantages.numpy()), np.sort(expected), rtol=1e-4)
 
 
 class Chunks(gym.Env):

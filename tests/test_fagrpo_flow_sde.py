@@ -63,13 +63,13 @@ def test_bad_grids_and_transitions_are_refused() -> None:
 def test_transition_is_the_published_formula(t: float, fraction: float, a: float, schedule: str) -> None:
     t_next = t * fraction
     delta = t - t_next
-    x = torch.randn(4, 3, generator=generator(), dtype=torch.float64)
-    v = torch.randn(4, 3, generator=generator(1), dtype=torch.float64)
+    x = torch.randn(4, 3, generator=generator())
+    v = torch.randn(4, 3, generator=generator(1))
     sigma = a if schedule == "constant" else a * math.sqrt(t / ((1 - t) if t < 1 else (1 - t_next)))
     mean, std = sde_transition(x, v, t, t_next, a, schedule)
     expected = x * (1 - sigma**2 * delta / (2 * t)) - v * delta * (1 + sigma**2 * (1 - t) / (2 * t))
     torch.testing.assert_close(mean, expected)
-    assert float(std) == pytest.approx(sigma * math.sqrt(delta), rel=1e-9, abs=1e-12)
+    assert float(std) == pytest.approx(sigma * math.sqrt(delta), rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -77,8 +77,7 @@ def test_zero_noise_is_the_euler_step_exactly(schedule: str) -> None:
     x, v = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
     for t, t_next in [(1.0, 0.9), (0.5, 0.25), (0.1, 0.0)]:
         mean, std = sde_transition(x, v, t, t_next, 0.0, schedule)
-        delta = torch.tensor(t) - torch.tensor(t_next)
-        assert torch.equal(mean, x - v * delta) and float(std) == 0.0
+        assert torch.equal(mean, x - v * (t - t_next)) and float(std) == 0.0
     small, _ = sde_transition(x, v, 0.5, 0.25, 1e-5, schedule)
     torch.testing.assert_close(small, x - v * 0.25, atol=1e-6, rtol=0)
 
@@ -87,6 +86,30 @@ def test_first_std_is_the_noise_level_and_half_precision_is_lifted() -> None:
     x = torch.randn(3, 4).bfloat16()
     mean, std = sde_transition(x, x, 1.0, 0.9, 0.7)
     assert mean.dtype == torch.float32 and float(std) == pytest.approx(0.7, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_everything_is_computed_in_float32(dtype: torch.dtype) -> None:
+    """The result is that of the same numbers given as float32, to the bit."""
+    x, v, other = torch.randn(3, 6, 4, generator=generator()).to(dtype).unbind(0)
+    for t, t_next in [(0.75, 0.5), (torch.full((6,), 0.75, dtype=dtype), torch.full((6,), 0.5, dtype=dtype))]:
+        mean, std = sde_transition(x, v, t, t_next, 0.7)
+        expected, expected_std = sde_transition(x.float(), v.float(), 0.75, 0.5, 0.7)
+        assert mean.dtype == std.dtype == torch.float32
+        assert torch.equal(mean, expected) and bool((std == expected_std).all())
+    std = torch.tensor(0.3, dtype=dtype)
+    for function in (gaussian_log_prob, gaussian_kl):
+        value = function(x, other, std)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, function(x.float(), other.float(), std.float()))
+    chain = sample_chain(lambda x, t: 0.5 * x, x, 4, 0.7, "flow", generator(1))
+    same = sample_chain(lambda x, t: 0.5 * x, x.float(), 4, 0.7, "flow", generator(1))
+    for name in ("states", "means", "stds", "log_probs"):
+        assert getattr(chain, name).dtype == torch.float32
+        assert torch.equal(getattr(chain, name), getattr(same, name)), name
+    seen = []
+    score_chain(lambda x, t: seen.append((x.dtype, t.dtype)) or (0.5 * x).to(dtype), chain)
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 def test_times_broadcast_against_the_batch() -> None:
@@ -185,25 +208,24 @@ def test_many_small_steps_reach_the_data_distribution() -> None:
 
 def test_gradient_is_the_closed_form_and_finite_differences() -> None:
     """d log p_k / d v = c_k eps_k / std_k."""
-    noise = torch.randn(3, 4, generator=generator(), dtype=torch.float64)
-    base = torch.randn(3, 4, generator=generator(2), dtype=torch.float64)
+    noise = torch.randn(3, 4, generator=generator())
+    base = torch.randn(3, 4, generator=generator(2))
     chain = sample_chain(lambda x, t: base, noise, 5, 0.7, "flow", generator(1))
-    offsets = torch.zeros(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    offsets = torch.zeros(5, 3, 4, requires_grad=True)
     steps = iter(range(5))
     score = score_chain(lambda x, t: base + offsets[next(steps)], chain).sum()
     (gradient,) = torch.autograd.grad(score, offsets)
-    times = chain.times.double()
-    _, coefficient, std = transition_coefficients(times[:-1], times[1:], 0.7)
+    _, coefficient, std = transition_coefficients(chain.times[:-1], chain.times[1:], 0.7)
     eps = (chain.states[1:] - chain.means) / chain.stds[:, None, None]
-    torch.testing.assert_close(gradient, (coefficient / std)[:, None, None] * eps, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(gradient, (coefficient / std)[:, None, None] * eps, rtol=1e-4, atol=1e-5)
 
     def total(shift: float, k: int) -> float:
         calls = iter(range(5))
         return float(score_chain(lambda x, t: base + (shift if next(calls) == k else 0.0), chain).sum())
 
-    for k in range(5):
-        numeric = (total(1e-5, k) - total(-1e-5, k)) / 2e-5
-        assert numeric == pytest.approx(float(gradient[k].sum()), rel=1e-5, abs=1e-6)
+    for k in range(5):  # the log-density is quadratic in the velocity, so central differences are exact at any step
+        numeric = (total(0.5, k) - total(-0.5, k)) / 1.0
+        assert numeric == pytest.approx(float(gradient[k].sum()), rel=1e-4, abs=1e-3)
 
 
 def test_the_expected_ratio_is_one() -> None:

@@ -148,6 +148,79 @@ def test_augmentation_keeps_shape_type_and_content() -> None:
     assert torch.equal(color_jitter(images, 0.0), images)
 
 
+@pytest.mark.parametrize(("shift", "jitter"), [(4, 0.1), (4, 0.0), (0, 0.1), (0, 0.0)])
+def test_training_images_are_augmented_and_validation_images_are_not(
+    shift: int, jitter: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 3, 36, 36), dtype=np.uint8)
+    actions = rng.uniform(-1, 1, (40, 2, 2)).astype(np.float32)
+    small = {"features_dim": 16, "channels": (8, 8), "keypoints": 4, "map_channels": 2}
+    policy = FlowPolicy(space, ACTION, num_flow_steps=2, features_extractor_kwargs=small)
+    known = {image.tobytes() for image in images}
+    inside = {image[:, 4:-4, 4:-4].tobytes() for image in images}
+    seen: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    encode = FlowPolicy.encode
+
+    def watched(self: FlowPolicy, obs: torch.Tensor, min_rows: int = 1) -> torch.Tensor:
+        seen[self.training] += list(obs.numpy())
+        return encode(self, obs, min_rows)
+
+    monkeypatch.setattr(FlowPolicy, "encode", watched)
+    behaviour_cloning(
+        policy,
+        Demonstrations(images, actions, np.arange(40) // 4),
+        num_updates=4,
+        batch_size=16,
+        image_shift=shift,
+        color_jitter_strength=jitter,
+        progress_bar=False,
+    )
+    assert len(seen[True]) == 64 and len(seen[False]) == 4
+    assert all(image.tobytes() in known for image in seen[False])
+    unchanged = sum(image.tobytes() in known for image in seen[True])
+    if shift or jitter:
+        assert unchanged < 10
+    else:
+        assert unchanged == 64
+    if shift and not jitter:  # moved by up to 4 pixels: the middle of the result is a piece of the original
+        pieces = {
+            image[:, 4 + dy : 32 + dy, 4 + dx : 32 + dx].tobytes()
+            for image in images
+            for dy in range(-4, 5)
+            for dx in range(-4, 5)
+        }
+        assert all(image[:, 4:-4, 4:-4].tobytes() in pieces for image in seen[True])
+        assert any(image[:, 4:-4, 4:-4].tobytes() not in inside for image in seen[True])
+
+
+def test_the_result_is_the_exponential_average_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop by hand; without validation data the last average is kept."""
+    policy, decay = make_policy(), 0.95
+    average = [weight.detach().clone() for weight in policy.parameters()]
+    last: list[torch.Tensor] = []
+    original, count = torch.optim.AdamW.step, 0
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        nonlocal count
+        result = original(self, *arguments)  # type: ignore[arg-type]
+        current = min(decay, (1 + count) / (10 + count)) if count else 0.0  # a short memory at first
+        count += 1
+        for mean, weight in zip(average, policy.parameters(), strict=True):
+            mean.mul_(current).add_(weight.detach(), alpha=1 - current)
+        last[:] = [weight.detach().clone() for weight in policy.parameters()]
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    clone(policy, num_updates=300, ema_decay=decay, validation_fraction=0.0)
+    assert count == 300
+    for mean, weight in zip(average, policy.parameters(), strict=True):
+        torch.testing.assert_close(weight.detach(), mean, rtol=1e-4, atol=1e-5)
+    distance = max(float((a - b).abs().max()) for a, b in zip(last, average, strict=True))
+    assert distance > 1e-4, "the average is the last weight: the test shows nothing"
+
+
 def test_stacked_demonstrations_look_like_vec_frame_stack() -> None:
     class Counter(gym.Env):
         observation_space = spaces.Dict(
