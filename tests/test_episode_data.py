@@ -267,12 +267,28 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
         make_writer(tmp_path, fps=10).finalize()
 
 
+def test_a_robot_without_rotation_says_so(tmp_path: Path) -> None:
+    mask = [True, True, True, False, False, False, True]
+    writer = make_writer(tmp_path, robot="sawyer", action_mask=mask, action_units="1.0 moves the goal by 1 cm")
+    episode = make_episode(robot="sawyer")
+    with pytest.raises(ValueError, match="zero where the action mask"):
+        writer.write_episode(0, episode)
+    writer.write_episode(0, dataclasses.replace(episode, actions=episode.actions * np.float32(mask)))
+    writer.finalize()
+    dataset = EpisodeDataset(tmp_path)
+    assert dataset.action_mask.tolist() == mask and dataset.info["robot_type"] == "sawyer"
+    assert "1.0 moves the goal by 1 cm" in dataset.info["prophet"]["action_convention"]
+    del dataset.info["prophet"]["action_mask"]  # as data sets were written before there were other robots
+    assert dataset.action_mask.all() and dataset.action_mask.shape == (7,)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"fps": 0},
         {"frame_stride": 1.5},
         {"image_size": 0},
+        {"action_mask": (True,) * 6},
         {"camera": {}},
         {"camera": {"intrinsics": np.eye(3)}},
         {"camera": {"intrinsics": np.eye(4), "extrinsics": np.eye(4)}},

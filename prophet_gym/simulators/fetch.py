@@ -2,7 +2,7 @@
 and speed of the other robots.
 
 gymnasium-robotics gives an action 40 ms and lets 1.0 set the hand's goal 5 cm from where it is, 0.9 m/s at most. Here a
-control step lasts 50 ms (20 Hz) and 1.0 is 2 cm: 0.29 m/s, about what a LIBERO action of 1.0 reaches.
+control step lasts 50 ms (20 Hz) and 1.0 is 1.25 cm: 0.2 m/s, as for the other robots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASKS = {
 }
 """gymnasium-robotics' id and the instruction of each task that is recorded."""
 SUBSTEPS = 25  # of 2 ms
-SPEED = 0.4  # of gymnasium-robotics' fastest motion
+SPEED = 0.25  # of gymnasium-robotics' fastest motion
 CAMERA = "external_camera_0"
 CAMERA_POSITION = (2.0, 0.35, 1.05)  # m, world: the robot stands at x = 0.4 and looks along x
 CAMERA_TARGET = (1.25, 0.75, 0.48)

@@ -74,7 +74,7 @@ def aim_camera(
 
     Args:
         model: ``mujoco.MjModel``; data computed from it before are stale.
-        camera: name of a camera of the world body.
+        camera: name of a fixed camera; whatever it was mounted on, it will stand in the world.
         position, target: where it stands and what it looks at (3,), m, world; the picture is upright.
         vertical_angle: field of view, degrees.
     """
@@ -84,6 +84,7 @@ def aim_camera(
     right = np.cross([0.0, 0.0, 1.0], backward)
     right /= np.linalg.norm(right)
     axes = np.stack([right, np.cross(backward, right), backward], axis=1)
+    model.cam_bodyid[index] = 0
     model.cam_pos[index] = position
     mujoco.mju_mat2Quat(model.cam_quat[index], axes.ravel())
     model.cam_fovy[index] = vertical_angle

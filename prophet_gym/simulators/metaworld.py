@@ -2,7 +2,8 @@
 Reinforcement Learning"), driven at the rate and speed of the other robots.
 
 Meta-World runs at 80 Hz, and an action of 1.0 moves the hand's goal by 1 cm. Here one action lasts four of its steps
-(20 Hz) and moves the goal by up to 1.6 cm: 0.32 m/s, about what a LIBERO action of 1.0 reaches.
+(20 Hz) and 1.0 moves the goal by 1 cm in them: 0.2 m/s. So a task takes 2 to 6 s of an episode of 8 s, and from one
+frame to the next (200 ms) the hand goes no further than in the other robots' videos.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ TASKS = {
 }
 """Meta-World's name and the instruction of each task that is recorded."""
 REPEAT = 4  # steps of Meta-World in a control step
-SPEED = 0.4  # of Meta-World's fastest motion
+SPEED = 0.25  # of Meta-World's fastest motion
+SETTLE_STEPS = 4  # control steps that the script goes on after success
 CAMERA = "corner2"
 CAMERA_POSITION = (0.9, 0.05, 0.8)  # m, world: the robot stands at the origin and looks along y
 CAMERA_TARGET = (0.0, 0.65, 0.12)
@@ -79,6 +81,7 @@ class MetaWorldSimulation:
         # What Meta-World's own benchmark classes set, without their pickled tasks: goals are part of the observation, a
         # start is drawn at each reset, from a random stream of the env's own, and an episode may last longer than 500.
         self._env._partially_observable = False
+        vars(self._env).pop("sawyer_observation_space", None)  # cached with bounds that clip the goal to zero
         self._env._set_task_called = True
         self._env._freeze_rand_vec = False
         self._env.seeded_rand_vec = True
@@ -147,14 +150,25 @@ class MetaWorldSimulation:
 
 
 class MetaWorldScript:
-    """Meta-World's scripted policy in this library's actions."""
+    """Meta-World's scripted policy in this library's actions, and an end to it.
+
+    The policies never stop (one that opens a door goes on until it is too far), but an episode is judged at its end:
+    shortly after success the hand stays where it is.
+    """
 
     def __init__(self, simulation: MetaWorldSimulation) -> None:
         self._simulation = simulation
+        self._successful_steps = 0
+        self._last = np.zeros(7, np.float32)
 
     def act(self) -> NDArray[np.float32]:
         """The next low-level action: float32 (7,) in [-1, 1]."""
+        self._successful_steps += self._simulation.is_success()
+        if self._successful_steps > SETTLE_STEPS:
+            self._last[:3] = 0.0
+            return self._last.copy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of each action that is clipped
             *motion, grip = self._simulation._policy.get_action(self._simulation._observation)
-        return np.clip([*motion, 0.0, 0.0, 0.0, grip], -1.0, 1.0).astype(np.float32)
+        self._last = np.clip([*motion, 0.0, 0.0, 0.0, grip], -1.0, 1.0).astype(np.float32)
+        return self._last.copy()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 OPEN, CLOSE = -1.0, 1.0
-_GAIN = 30.0  # action units per metre
+_GAIN = 40.0  # action units per metre
 _HOVER = 0.08  # m, above the cube
 _BEHIND = 0.08  # m: from the cube's middle to where a push begins
 _PUSH_LEAD = 0.02  # m: how far ahead of itself a pushing hand aims
@@ -87,7 +87,7 @@ class PushCube:
         offset = (hand - cube)[:2]
         along = float(offset @ direction)
         across = offset - along * direction
-        low = hand[2] < cube[2] + 0.02
+        low = hand[2] < cube[2] + 0.05  # the fingers would touch the cube on the way
         self._pushing = self._pushing and along < -0.01 and float(np.linalg.norm(across)) < 0.025
         behind = np.append(cube[:2] - _BEHIND * direction, cube[2])
         at_behind = float(np.linalg.norm(hand[:2] - behind[:2])) < 0.015

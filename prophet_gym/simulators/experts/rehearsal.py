@@ -19,7 +19,7 @@ from prophet_gym.simulators.experts.noise import ActionNoise, NoiseRecipe, point
 Array = NDArray[np.float64]
 
 OPEN = -1.0
-_GAIN = 20.0  # action units per metre of distance from the path: a third of it in a control step
+_GAIN = 30.0  # action units per metre of distance from the path: a third of it in a control step
 _CLOSING_STEPS = 10  # control steps from the command to close until the fingers hold something
 _EARLIEST_RELEASE, _LATEST_RELEASE = 12, 50  # control steps after the command to close
 
