@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, load_arrays
 from prophet_gym.data.episode import Episode, to_upright
+from prophet_gym.data.instructions import TABLE, write_table
 from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, ForeignFields, LeRobotWriter
 from prophet_gym.data.libero_hdf5 import read_libero_hdf5
 
@@ -142,6 +144,16 @@ def test_to_upright(orientation: str) -> None:
     np.testing.assert_array_equal(corner, frames[:, row, column])
     with pytest.raises(ValueError, match="mirrored"):
         to_upright(frames, "sideways")
+
+
+# Instructions
+
+
+def test_write_table_keeps_the_rows_that_are_there(tmp_path: Path) -> None:
+    write_table(["open the drawer"], tmp_path / "table.safetensors")  # shipped: needs no encoder
+    with safe_open(tmp_path / "table.safetensors", "numpy") as new, safe_open(TABLE, "numpy") as shipped:
+        assert new.metadata() == shipped.metadata()
+        np.testing.assert_array_equal(new.get_tensor("embeddings"), shipped.get_tensor("embeddings"))
 
 
 # Writing and reading LeRobot data sets

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -10,16 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from prophet_gym.data.episode import SEED_SPLITS, SPLITS
+from prophet_gym.data.instructions import TABLE
+from prophet_gym.simulators import fetch, metaworld
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
 from prophet_gym.simulators.experts.noise import ActionNoise, RandomMotion, point_in_disc
 from prophet_gym.simulators.experts.rehearsal import disturbed
-from prophet_gym.simulators.fetch import FetchSimulation
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
-from prophet_gym.simulators.metaworld import MetaWorldSimulation
 from prophet_gym.simulators.recording import EpisodePlan, plan_episodes, record, record_episode
 from prophet_gym.simulators.suites import SUITES
 
@@ -423,9 +425,21 @@ def test_a_turned_hand_has_an_orientation_without_jumps():
     assert np.allclose(np.diff(rotation, axis=0), [0.0, 0.01, 0.0], atol=1e-5)
 
 
+def test_the_instructions_of_other_robots_are_in_the_shipped_table():
+    """So that nobody who trains on them needs the sentence encoder."""
+    with safe_open(TABLE, framework="numpy") as file:
+        shipped = json.loads(file.metadata()["sentences"])
+    tasks = [*metaworld.TASKS.values(), *fetch.TASKS.values()]
+    assert set(tasks) <= set(shipped)
+    assert len(set(tasks)) == len(tasks), "two tasks with one instruction cannot be told apart"
+
+
 @pytest.mark.parametrize(
     ("simulation", "package", "extra"),
-    [(MetaWorldSimulation, "metaworld", "metaworld"), (FetchSimulation, "gymnasium_robotics", "fetch")],
+    [
+        (metaworld.MetaWorldSimulation, "metaworld", "metaworld"),
+        (fetch.FetchSimulation, "gymnasium_robotics", "fetch"),
+    ],
 )
 def test_a_missing_simulator_names_its_extra(monkeypatch, simulation, package, extra):
     real = importlib.util.find_spec
