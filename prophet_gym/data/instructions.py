@@ -36,8 +36,8 @@ def _encoder() -> "object":
 def embed_instructions(instructions: Sequence[str]) -> NDArray[np.float32]:
     """Embed instructions.
 
-    The sentences of the LIBERO suites, of Meta-World and of Fetch are looked up in a table in the wheel; others need the
-    extra `language`.
+    The sentences of all suites that can be recorded are looked up in a table in the wheel; others need the extra
+    `language`.
 
     Args:
         instructions: N sentences.

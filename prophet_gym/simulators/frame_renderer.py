@@ -30,7 +30,7 @@ class FrameRenderer:
         model: ``mujoco.MjModel`` of the scene; copied, not changed.
         camera: name of the camera.
         image_size: height and width in pixels.
-        geom_groups: the groups of geoms that are drawn; the others are for collisions alone.
+        geom_groups: the groups of geoms that are drawn, of 0-4; the others are for collisions alone.
         sites: names of the sites that are drawn.
     """
 
@@ -46,6 +46,8 @@ class FrameRenderer:
         model.vis.quality.offsamples = 0
         for mesh in range(model.nmesh):
             simplify_mesh(model, mesh, _cell_size(model.mesh(mesh).name))
+        # The bodies by which a simulated hand is led are no part of the scene, although some have a visible cross.
+        model.geom_group[model.body_mocapid[model.geom_bodyid] >= 0] = 5
         self._camera = camera
         self._options = mujoco.MjvOption()
         self._options.geomgroup[:] = [group in geom_groups for group in range(6)]
