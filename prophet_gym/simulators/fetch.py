@@ -8,6 +8,7 @@ control step lasts 50 ms (20 Hz) and 1.0 is 1.25 cm: 0.2 m/s, as for the other r
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prophet_gym.simulators import prepare_opengl
-from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
+from prophet_gym.simulators.experts.fetch_scripts import FetchScene, PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.rehearsal import Expert
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
 
@@ -33,7 +34,7 @@ CAMERA = "external_camera_0"
 CAMERA_POSITION = (2.0, 0.35, 1.05)  # m, world: the robot stands at x = 0.4 and looks along x
 CAMERA_TARGET = (1.25, 0.75, 0.48)
 CAMERA_FOVY = 45.0  # degrees
-_SCRIPTS = (Reach, PushCube, PickAndPlaceCube)
+_SCRIPTS: tuple[Callable[[FetchScene], Expert], ...] = (Reach, PushCube, PickAndPlaceCube)
 
 
 class FetchSimulation:
