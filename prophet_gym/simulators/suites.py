@@ -99,9 +99,9 @@ class Suite:
     noise_shares: Mapping[str, float]
     load: Callable[[str, int, int], Simulation]
     expert: Callable[[Any, NoiseRecipe, np.random.Generator], Expert]
-    starts: Mapping[str, Sequence[int]] = SEED_SPLITS
-    counterfactuals: tuple[str, ...] = ("elsewhere",)
-    jitter_share: float = 0.0
+    starts: Mapping[str, Sequence[int]]
+    counterfactuals: tuple[str, ...]
+    jitter_share: float
 
 
 _rehearsed = partial(disturbed, steps=CONTROL_STEPS)
@@ -124,6 +124,9 @@ SUITES = {
         noise_shares=NOISE_SHARES["metaworld"],
         load=metaworld.MetaWorldSimulation,
         expert=_rehearsed,
+        starts=SEED_SPLITS,
+        counterfactuals=("elsewhere",),
+        jitter_share=0.0,
     ),
     "fetch": Suite(
         robot=FETCH,
@@ -131,5 +134,8 @@ SUITES = {
         noise_shares=NOISE_SHARES["fetch"],
         load=fetch.FetchSimulation,
         expert=_rehearsed,
+        starts=SEED_SPLITS,
+        counterfactuals=("elsewhere",),
+        jitter_share=0.0,
     ),
 }
