@@ -364,7 +364,7 @@ def acted(world, recipe, seed):
 @pytest.mark.parametrize("name", [name for name in NOISE_RECIPES if name != "clean"])
 def test_a_rehearsed_experts_actions_do_not_depend_on_the_object(name):
     """The leak: once the rehearsal is over, a cube that slips away must not show in the actions."""
-    world, slippery = CubeWorld(3), CubeWorld(3)
+    world, slippery = CubeWorld(2), CubeWorld(2)
     reset = CubeWorld.reset
 
     def reset_to_slippery(init_state):
