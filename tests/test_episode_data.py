@@ -281,7 +281,7 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_robot_without_rotation_says_so(tmp_path: Path) -> None:
     mask = [True, True, True, False, False, False, True]
-    writer = make_writer(tmp_path, robot="sawyer", action_mask=mask, action_units="1.0 moves the goal by 1 cm")
+    writer = make_writer(tmp_path, robot="sawyer", action_mask=mask, action_units="1.0 moves the goal by 1.6 cm")
     episode = make_episode(robot="sawyer")
     with pytest.raises(ValueError, match="zero where the action mask"):
         writer.write_episode(0, episode)
@@ -289,7 +289,7 @@ def test_a_robot_without_rotation_says_so(tmp_path: Path) -> None:
     writer.finalize()
     dataset = EpisodeDataset(tmp_path)
     assert dataset.action_mask.tolist() == mask and dataset.info["robot_type"] == "sawyer"
-    assert "1.0 moves the goal by 1 cm" in dataset.info["prophet"]["action_convention"]
+    assert "1.0 moves the goal by 1.6 cm" in dataset.info["prophet"]["action_convention"]
     del dataset.info["prophet"]["action_mask"]  # as data sets were written before there were other robots
     assert dataset.action_mask.all() and dataset.action_mask.shape == (7,)
 

@@ -289,7 +289,7 @@ class CubeWorld:
     script_class: type = PickAndPlaceCube
     suite: str = "fetch"
     task: int = 0
-    instruction: str = "bring the cube to the ball"
+    instruction: str = "push the black cube to the red ball"
 
     def __post_init__(self):
         self.reset(self.init_state)

@@ -1,8 +1,8 @@
 """The Fetch arm of gymnasium-robotics (Plappert et al. 2018, "Multi-Goal Reinforcement Learning"), driven at the rate
-and speed of the other robots.
+of the other robots.
 
 gymnasium-robotics gives an action 40 ms and lets 1.0 set the hand's goal 5 cm from where it is, 0.9 m/s at most. Here a
-control step lasts 50 ms (20 Hz) and 1.0 is 1.25 cm: 0.2 m/s, as for the other robots.
+control step lasts 50 ms (20 Hz) and 1.0 is 1.25 cm: 0.18 m/s.
 """
 
 from __future__ import annotations

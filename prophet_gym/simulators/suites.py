@@ -75,7 +75,7 @@ class Robot:
 
 NO_ROTATION = (True, True, True, False, False, False, True)
 PANDA = Robot("panda", (True,) * 7, PANDA_ACTION_UNITS)
-SAWYER = Robot("sawyer", NO_ROTATION, "1.0 moves the goal by 1 cm; the orientation is fixed")
+SAWYER = Robot("sawyer", NO_ROTATION, "1.0 moves the goal by 1.6 cm; the orientation is fixed")
 FETCH = Robot("fetch", NO_ROTATION, "1.0 is a goal 1.25 cm from the current position; the orientation is fixed")
 
 
