@@ -48,7 +48,7 @@ SPEED = 0.4  # of Meta-World's fastest motion
 SETTLE_STEPS = 4  # control steps that the script goes on after success
 CAMERA = "corner2"
 CAMERA_POSITION = (0.9, 0.05, 0.8)  # m, world: the robot stands at the origin and looks along y
-CAMERA_TARGET = (0.0, 0.7, 0.12)
+CAMERA_TARGET = (0.0, 0.7, 0.2)
 CAMERA_FOVY = 40.0  # degrees
 FINGER_REACH = 0.044  # m, from the middle of the hand to the inside of an open finger
 
