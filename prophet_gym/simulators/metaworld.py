@@ -45,7 +45,7 @@ TASKS = {
 """Meta-World's name and the instruction of each task that is recorded."""
 REPEAT = 4  # steps of Meta-World in a control step
 SPEED = 0.4  # of Meta-World's fastest motion
-SETTLE_STEPS = 4  # control steps that the script goes on after success
+SETTLE_STEPS = 8  # control steps that the script goes on after success
 CAMERA = "corner2"
 CAMERA_POSITION = (0.9, 0.05, 0.8)  # m, world: the robot stands at the origin and looks along y
 CAMERA_TARGET = (0.0, 0.7, 0.2)
