@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, load_arrays
 from prophet_gym.data.episode import Episode, to_upright
+from prophet_gym.data.instructions import TABLE, write_table
 from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, ForeignFields, LeRobotWriter
 from prophet_gym.data.libero_hdf5 import read_libero_hdf5
 
@@ -144,6 +146,16 @@ def test_to_upright(orientation: str) -> None:
         to_upright(frames, "sideways")
 
 
+# Instructions
+
+
+def test_write_table_keeps_the_rows_that_are_there(tmp_path: Path) -> None:
+    write_table(["open the drawer"], tmp_path / "table.safetensors")  # shipped: needs no encoder
+    with safe_open(tmp_path / "table.safetensors", "numpy") as new, safe_open(TABLE, "numpy") as shipped:
+        assert new.metadata() == shipped.metadata()
+        np.testing.assert_array_equal(new.get_tensor("embeddings"), shipped.get_tensor("embeddings"))
+
+
 # Writing and reading LeRobot data sets
 
 
@@ -267,12 +279,28 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
         make_writer(tmp_path, fps=10).finalize()
 
 
+def test_a_robot_without_rotation_says_so(tmp_path: Path) -> None:
+    mask = [True, True, True, False, False, False, True]
+    writer = make_writer(tmp_path, robot="sawyer", action_mask=mask, action_units="1.0 moves the goal by 1.6 cm")
+    episode = make_episode(robot="sawyer")
+    with pytest.raises(ValueError, match="zero where the action mask"):
+        writer.write_episode(0, episode)
+    writer.write_episode(0, dataclasses.replace(episode, actions=episode.actions * np.float32(mask)))
+    writer.finalize()
+    dataset = EpisodeDataset(tmp_path)
+    assert dataset.action_mask.tolist() == mask and dataset.info["robot_type"] == "sawyer"
+    assert "1.0 moves the goal by 1.6 cm" in dataset.info["prophet"]["action_convention"]
+    del dataset.info["prophet"]["action_mask"]  # as data sets were written before there were other robots
+    assert dataset.action_mask.all() and dataset.action_mask.shape == (7,)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"fps": 0},
         {"frame_stride": 1.5},
         {"image_size": 0},
+        {"action_mask": (True,) * 6},
         {"camera": {}},
         {"camera": {"intrinsics": np.eye(3)}},
         {"camera": {"intrinsics": np.eye(4), "extrinsics": np.eye(4)}},

@@ -1,5 +1,9 @@
 """Scripted experts, noise and the recording plan, without a simulator."""
 
+import dataclasses
+import hashlib
+import importlib.util
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -7,12 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from prophet_gym.data.episode import SPLITS
+from prophet_gym.data.episode import SEED_SPLITS, SPLITS
+from prophet_gym.data.instructions import TABLE
+from prophet_gym.simulators import fetch, metaworld
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
+from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
-from prophet_gym.simulators.experts.noise import ActionNoise, point_in_disc
-from prophet_gym.simulators.recording import plan_episodes, record
+from prophet_gym.simulators.experts.noise import ActionNoise, RandomMotion, point_in_disc
+from prophet_gym.simulators.experts.rehearsal import disturbed
+from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
+from prophet_gym.simulators.recording import EpisodePlan, plan_episodes, record, record_episode
+from prophet_gym.simulators.suites import SUITES
 
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 NOTHING = (np.zeros((0, 3)), np.zeros((0, 3, 3)), np.zeros((0, 3)))
@@ -210,6 +221,34 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}
 
 
+def test_plans_of_the_recordings_that_were_trained_on_stay_as_they_are():
+    """The commands in weights/README.md must go on giving the same data sets."""
+    digests = {
+        "libero_object": "8ebc7af2b1267861",
+        "libero_spatial": "b2656f92198ccc59",
+        "libero_goal": "b9790275c6ff5c37",
+    }
+    for suite, digest in digests.items():
+        plans = [tuple(dataclasses.asdict(plan).values()) for plan in plan_episodes(suite, 200, seed=1)]
+        assert hashlib.sha256(repr(plans).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("suite", ["metaworld", "fetch"])
+def test_plans_for_other_robots_split_by_seed(suite):
+    tasks = len(SUITES[suite].tasks)
+    plans = plan_episodes(suite, 40 * tasks, seed=0)
+    assert Counter(plan.split for plan in plans) == {"train": 32 * tasks, "val": 4 * tasks, "test": 4 * tasks}
+    assert Counter(plan.task for plan in plans) == dict.fromkeys(SUITES[suite].tasks, 40)
+    assert all(plan.init_state in SEED_SPLITS[plan.split] for plan in plans)
+    assert not any(plan.jitter for plan in plans)
+    assert {plan.kind for plan in plans} == {"clean", "noisy", "counterfactual"}
+    assert "shifted" not in {plan.recipe for plan in plans}
+
+
+def test_seed_splits_do_not_overlap():
+    assert sorted(seed for seeds in SEED_SPLITS.values() for seed in seeds) == list(range(10_000))
+
+
 def test_a_policys_plan_has_the_same_starts():
     scripted, policy = (plan_episodes("libero_spatial", 200, seed=0, policy=acts) for acts in (False, True))
     assert {plan.kind for plan in policy} == {"policy"}
@@ -228,7 +267,7 @@ def test_shares_sum_to_one():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("libero_gaol", 10), "libero_object"),
+        (("libero_gaol", 10), r"'libero_object'.*'metaworld', 'fetch'"),
         (("libero_object", 0), "episodes must be at least 1"),
     ],
 )
@@ -236,3 +275,174 @@ def test_record_refuses_nonsense(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         record(*arguments, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Other robots, in a kinematic world: a hand, a cube that it pushes or carries, and a goal
+
+
+@dataclass
+class CubeWorld:
+    """A hand that moves 1 cm at most per step; it carries the cube while closed around it, or pushes it aside."""
+
+    init_state: int = 0
+    slippery: bool = False  # the cube cannot be held
+    script_class: type = PickAndPlaceCube
+    suite: str = "fetch"
+    task: int = 0
+    instruction: str = "push the black cube to the red ball"
+
+    def __post_init__(self):
+        self.reset(self.init_state)
+
+    def reset(self, init_state):
+        rng = np.random.default_rng(init_state)
+        self.init_state = init_state
+        self.eef_position = np.array([1.34, 0.75, 0.5])
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.15)
+        self.cube_position = np.array([1.34 + distance * np.cos(angle), 0.75 + distance * np.sin(angle), 0.425])
+        self.goal = np.array([*rng.uniform([1.19, 0.6], [1.49, 0.9]), 0.425])
+        self.held = False
+        self.steps = 0
+
+    def script(self):
+        return self.script_class(self)
+
+    def step(self, action):
+        motion = 0.01 * np.asarray(action[:3], float)
+        self.eef_position = self.eef_position + motion
+        self.steps += 1
+        offset = self.cube_position - self.eef_position
+        self.held = action[6] > 0 and not self.slippery and (self.held or float(np.abs(offset).max()) < 0.015)
+        if self.held:
+            self.cube_position = self.cube_position + motion
+        elif self.script_class is PushCube and abs(offset[2]) < 0.03:
+            distance = np.linalg.norm(offset[:2])
+            if 0 < distance < 0.04:
+                self.cube_position[:2] += (0.04 / distance - 1) * offset[:2]
+
+    def render(self):
+        return np.full((96, 96, 3), self.steps, np.uint8)
+
+    def proprio(self):
+        return proprioception(self.eef_position, np.array([0.0, 0.0, 1.0, 0.0]), np.zeros(2))
+
+    def is_success(self):
+        return float(np.linalg.norm(self.cube_position - self.goal)) < 0.05
+
+    def camera(self):
+        raise NotImplementedError
+
+    def close(self):
+        raise NotImplementedError
+
+
+@given(st.integers(0, 1000), st.sampled_from([Reach, PickAndPlaceCube, PushCube]))
+@settings(max_examples=30, deadline=None)
+def test_fetch_scripts_reach_the_goal_from_any_start(seed, script_class):
+    world = CubeWorld(seed, script_class=script_class)
+    script = world.script()
+    for _ in range(160):
+        action = script.act()
+        assert action.dtype == np.float32 and action.shape == (7,) and np.abs(action).max() <= 1.0
+        assert not action[3:6].any()
+        world.step(action)
+    moved = world.eef_position if script_class is Reach else world.cube_position
+    assert np.linalg.norm(moved - world.goal) < 0.03
+    assert np.abs(script.act()[:3]).max() < 0.1, "it rests"
+
+
+def acted(world, recipe, seed):
+    expert = disturbed(world, recipe, np.random.default_rng(seed), steps=160)
+    actions, path = [], []
+    for _ in range(160):
+        path.append(world.eef_position)
+        actions.append(expert.act())
+        world.step(actions[-1])
+    return np.array(actions), np.array(path)
+
+
+@pytest.mark.parametrize("name", [name for name in NOISE_RECIPES if name != "clean"])
+def test_a_rehearsed_experts_actions_do_not_depend_on_the_object(name):
+    """The leak: once the rehearsal is over, a cube that slips away must not show in the actions."""
+    world, slippery = CubeWorld(2), CubeWorld(2)
+    reset = CubeWorld.reset
+
+    def reset_to_slippery(init_state):
+        reset(slippery, init_state)
+        slippery.slippery = True
+
+    slippery.reset = reset_to_slippery
+    with_cube, _ = acted(world, NOISE_RECIPES[name], seed=1)
+    without, _ = acted(slippery, NOISE_RECIPES[name], seed=1)
+    assert np.array_equal(with_cube, without)
+    assert not slippery.is_success()
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_a_rehearsal_without_noise_is_the_scripts_own_episode(seed):
+    clean, clean_path = acted(CubeWorld(seed), NoiseRecipe(), 0)
+    again, path = acted(CubeWorld(seed), NoiseRecipe(wrong_object=0.5), 0)  # which has no meaning here
+    assert np.allclose(clean, again, atol=1e-6) and np.allclose(clean_path, path, atol=1e-6)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_a_grasp_error_shifts_the_path_and_no_more(start, seed):
+    _, clean = acted(CubeWorld(start), NoiseRecipe(), 0)
+    _, path = acted(CubeWorld(start), NoiseRecipe(grasp_offset=0.03), seed)
+    shift = point_in_disc(0.03, np.random.default_rng(seed))
+    assert np.allclose((path - clean)[-1], [*shift, 0.0], atol=2e-3)
+
+
+def test_a_rehearsed_expert_releases_early():
+    actions, _ = acted(CubeWorld(0), NoiseRecipe(early_release=1.0), 0)
+    grip = actions[:, 6]
+    assert (grip > 0).any() and grip[-1] == -1.0 and (np.diff(grip) != 0).sum() == 2
+
+
+@pytest.mark.parametrize("recipe", [*NOISE_RECIPES, "elsewhere", "policy"])
+def test_an_episode_of_another_robot_is_recorded_whole_and_moves_only_what_the_robot_has(recipe):
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe=recipe, jitter=False, seed=1)
+    episode = record_episode(CubeWorld(8123), plan, RandomMotion() if recipe == "policy" else None)
+    assert episode.frames.shape == (41, 96, 96, 3) and episode.actions.shape == (40, 4, 7)
+    assert episode.frames[:, 0, 0, 0].tolist() == list(range(0, 161, 4)), "a rehearsal is not part of the episode"
+    assert (episode.robot, episode.kind, episode.init_state) == ("fetch", plan.kind, 8123)
+    assert not episode.actions[..., 3:6].any() and episode.actions[..., :3].any()
+    if recipe == "clean":
+        assert episode.outcome
+
+
+def test_a_turned_hand_has_an_orientation_without_jumps():
+    """Sawyer's and Fetch's hands look down: x along the world's -z. Small tilts of it must be small changes."""
+    down = np.array([np.sqrt(0.5), 0.0, np.sqrt(0.5), 0.0])
+    poses = []
+    for tilt in np.linspace(-0.1, 0.1, 21):
+        turned = multiply(np.array([np.cos(tilt / 2), 0.0, np.sin(tilt / 2), 0.0]), down)
+        poses.append(proprioception(np.zeros(3), multiply(turned, DOWNWARD_X), np.array([0.04, -0.04])))
+    rotation = np.array(poses)[:, 3:6]
+    assert np.allclose(rotation[10], [0.0, np.pi, 0.0], atol=1e-5)
+    assert np.allclose(np.diff(rotation, axis=0), [0.0, 0.01, 0.0], atol=1e-5)
+
+
+def test_the_instructions_of_other_robots_are_in_the_shipped_table():
+    """So that nobody who trains on them needs the sentence encoder."""
+    with safe_open(TABLE, framework="numpy") as file:
+        shipped = json.loads(file.metadata()["sentences"])
+    tasks = [*metaworld.TASKS.values(), *fetch.TASKS.values()]
+    assert set(tasks) <= set(shipped)
+    assert len(set(tasks)) == len(tasks), "two tasks with one instruction cannot be told apart"
+
+
+@pytest.mark.parametrize(
+    ("simulation", "package", "extra"),
+    [
+        (metaworld.MetaWorldSimulation, "metaworld", "metaworld"),
+        (fetch.FetchSimulation, "gymnasium_robotics", "fetch"),
+    ],
+)
+def test_a_missing_simulator_names_its_extra(monkeypatch, simulation, package, extra):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    with pytest.raises(ImportError, match=rf'pip install "prophet-gym\[{extra}\]"'):
+        simulation(extra, 0)

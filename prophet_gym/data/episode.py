@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
 """LIBERO's official initial states of each task, by split; nothing is reported on train, nothing is tuned on test."""
+SEED_SPLITS = {"train": range(0, 8000), "val": range(8000, 9000), "test": range(9000, 10000)}
+"""The seeds that starts are drawn from in simulators without official initial states, by split."""
 KINDS = ("clean", "noisy", "counterfactual", "policy")
 ACTION_DIM = 7
 PROPRIO_DIM = 8
@@ -37,12 +39,13 @@ class Episode:
     :param proprio: float32 (T + 1, 8) at the frames: end-effector position (3, metres, world), orientation as
         axis-angle (3, radians), gripper finger positions (2, metres).
     :param actions: float32 (T, frame_stride, 7) in [-1, 1], LIBERO's OSC_POSE convention (delta xyz, delta rotation,
-        gripper: -1 opens, +1 closes). ``actions[k]`` are executed between frame k and frame k + 1.
+        gripper: -1 opens, +1 closes); zeros where the robot obeys none. ``actions[k]`` are executed between frame k
+        and frame k + 1.
     :param success: bool (T + 1,), the simulator's verdict at each frame (it may toggle back).
     :param instruction: the task in words.
     :param suite: name of the task suite, e.g. ``"libero_object"``.
     :param task: index of the task in its suite, >= 0.
-    :param init_state: index of the initial state the episode began from, >= 0.
+    :param init_state: index of the initial state the episode began from, or the seed it was drawn from, >= 0.
     :param split: ``"train"``, ``"val"`` or ``"test"``.
     :param kind: ``"clean"`` (expert), ``"noisy"`` (disturbed expert), ``"counterfactual"`` (the same actions from
         another start) or ``"policy"`` (rollout of a policy).

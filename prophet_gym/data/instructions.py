@@ -36,7 +36,8 @@ def _encoder() -> "object":
 def embed_instructions(instructions: Sequence[str]) -> NDArray[np.float32]:
     """Embed instructions.
 
-    The sentences of the LIBERO suites are looked up in a table in the wheel; others need the extra `language`.
+    The sentences of all suites that can be recorded are looked up in a table in the wheel; others need the extra
+    `language`.
 
     Args:
         instructions: N sentences.
@@ -58,9 +59,12 @@ def embed_instructions(instructions: Sequence[str]) -> NDArray[np.float32]:
 
 
 def write_table(instructions: Sequence[str], path: str | Path = TABLE) -> None:
-    """Embed instructions with the sentence encoder and write the table that `embed_instructions` reads."""
-    sentences = sorted(set(instructions))
-    embeddings = np.asarray(_encoder().encode(sentences), dtype=np.float16)  # type: ignore[attr-defined]
+    """Write the table that `embed_instructions` reads: what it holds already, and these instructions.
+
+    New ones are embedded with the sentence encoder; the rows that are there stay as they are, bit by bit.
+    """
+    sentences = sorted({*_table(), *instructions})
+    embeddings = embed_instructions(sentences).astype(np.float16)
     temporary = Path(path).with_suffix(".tmp")
     save_file({"embeddings": embeddings}, temporary, metadata={"sentences": json.dumps(sentences)})
     temporary.replace(path)

@@ -3,12 +3,13 @@
 LIBERO's scenes hold 300,000 and more triangles, far finer than a 96-pixel picture, and software rendering pays for each
 of them. The renderer works on its own copy of the model, whose meshes are simplified by vertex clustering; shadows,
 reflections and multisampling are off, hidden collision geoms and sites are not drawn. The physics is not touched.
-Imported only by :mod:`prophet_gym.simulators.libero_simulation`, which sets up the OpenGL platform first.
+Imported only by the simulations, which call :func:`prophet_gym.simulators.prepare_opengl` first.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -29,17 +30,31 @@ class FrameRenderer:
         model: ``mujoco.MjModel`` of the scene; copied, not changed.
         camera: name of the camera.
         image_size: height and width in pixels.
+        geom_groups: the groups of geoms that are drawn, of 0-4; the others are for collisions alone.
+        sites: names of the sites that are drawn.
     """
 
-    def __init__(self, model: Any, camera: str, image_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        camera: str,
+        image_size: int,
+        geom_groups: Sequence[int] = (1,),
+        sites: Sequence[str] = (),
+    ) -> None:
         model = copy.deepcopy(model)
         model.vis.quality.offsamples = 0
         for mesh in range(model.nmesh):
             simplify_mesh(model, mesh, _cell_size(model.mesh(mesh).name))
+        # The bodies by which a simulated hand is led are no part of the scene, although some have a visible cross.
+        model.geom_group[model.body_mocapid[model.geom_bodyid] >= 0] = 5
         self._camera = camera
         self._options = mujoco.MjvOption()
-        self._options.geomgroup[:] = (0, 1, 0, 0, 0, 0)
-        self._options.sitegroup[:] = 0
+        self._options.geomgroup[:] = [group in geom_groups for group in range(6)]
+        shown = [model.site(site).id for site in sites]
+        model.site_group[:] = 1
+        model.site_group[shown] = 0
+        self._options.sitegroup[:] = (1, 0, 0, 0, 0, 0)
         self._renderer = mujoco.Renderer(model, height=image_size, width=image_size)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -52,6 +67,29 @@ class FrameRenderer:
     def close(self) -> None:
         """Free the OpenGL context."""
         self._renderer.close()
+
+
+def aim_camera(
+    model: Any, camera: str, position: Sequence[float], target: Sequence[float], vertical_angle: float
+) -> None:
+    """Put a fixed camera of the model somewhere else; in place.
+
+    Args:
+        model: ``mujoco.MjModel``; data computed from it before are stale.
+        camera: name of a fixed camera; whatever it was mounted on, it will stand in the world.
+        position, target: where it stands and what it looks at (3,), m, world; the picture is upright.
+        vertical_angle: field of view, degrees.
+    """
+    index = model.camera(camera).id
+    backward = np.subtract(position, target)
+    backward /= np.linalg.norm(backward)
+    right = np.cross([0.0, 0.0, 1.0], backward)
+    right /= np.linalg.norm(right)
+    axes = np.stack([right, np.cross(backward, right), backward], axis=1)
+    model.cam_bodyid[index] = 0
+    model.cam_pos[index] = position
+    mujoco.mju_mat2Quat(model.cam_quat[index], axes.ravel())
+    model.cam_fovy[index] = vertical_angle
 
 
 def camera_parameters(model: Any, data: Any, camera: str, image_size: int) -> dict[str, list[list[float]]]:

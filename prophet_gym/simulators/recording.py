@@ -1,4 +1,4 @@
-"""Record data sets in the real simulator: scripted successes, honest failures and counterfactuals, or rollouts of a
+"""Record data sets in the real simulators: scripted successes, honest failures and counterfactuals, or rollouts of a
 policy.
 
 Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and a script's actions never
@@ -13,32 +13,28 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import SPLITS, Episode, Policy
+from prophet_gym.data.episode import Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import LeRobotWriter
-from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, ActionNoise, PickAndPlace
+from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
+from prophet_gym.simulators.suites import CONTROL_STEPS, FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
-CONTROL_STEPS = 160
 CHUNK_SIZE = 8
-FRAME_STRIDE = 4
-FPS = 5
-IMAGE_SIZE = 96
 COUNTERFACTUAL_SHARE = 0.1
 COUNTERFACTUALS = ("shifted", "elsewhere")
 """Where a counterfactual episode's actions come from: the same start with the objects shifted by up to 2 cm (it may
 well succeed), or another, jittered start of the same task and split (it rarely does)."""
 SHIFTED_DISTANCE = 0.02  # m
 POLICY_NOISE = 0.2  # a policy's actions get AR(1) noise of up to this sigma, in action units, one draw per episode
-JITTER_SHARE = 0.5  # of the training episodes
 JITTER_DISTANCE = 0.03  # m
 
 
@@ -50,7 +46,7 @@ class EpisodePlan:
         index: place in the data set.
         task: index of the task in the suite.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        init_state: official initial state it begins from.
+        init_state: the start: LIBERO's official initial state, or the seed that another simulator draws it from.
         recipe: name of a noise recipe, one of ``COUNTERFACTUALS``, or ``"policy"``.
         jitter: whether objects are shifted and the arm displaced before the first frame.
         seed: seed of the episode's random stream.
@@ -77,7 +73,8 @@ def plan_episodes(suite: str, episodes: int, seed: int, policy: bool = False) ->
 
     With `policy`, a policy acts in all of them.
     """
-    shares, tasks = NOISE_SHARES[suite], EXPERT_TASKS[suite]
+    facts = SUITES[suite]
+    shares, tasks = facts.noise_shares, facts.tasks
     plans = []
     for index in range(episodes):
         episode_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
@@ -85,10 +82,10 @@ def plan_episodes(suite: str, episodes: int, seed: int, policy: bool = False) ->
         split = {8: "val", 9: "test"}.get(index // len(tasks) % 10, "train")
         recipe = str(rng.choice(list(shares), p=list(shares.values())))
         if rng.uniform() < COUNTERFACTUAL_SHARE:
-            recipe = str(rng.choice(COUNTERFACTUALS))
+            recipe = str(rng.choice(facts.counterfactuals))
         recipe = "policy" if policy else recipe
-        jitter = bool(split == "train" and rng.uniform() < JITTER_SHARE and recipe != "shifted")
-        init_state = int(rng.choice(SPLITS[split]))
+        jitter = bool(split == "train" and rng.uniform() < facts.jitter_share and recipe != "shifted")
+        init_state = int(rng.choice(facts.starts[split]))
         plans.append(EpisodePlan(index, tasks[index % len(tasks)], split, init_state, recipe, jitter, episode_seed))
     return plans
 
@@ -104,11 +101,11 @@ def record(
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
     Args:
-        suite: one of ``EXPERT_TASKS``.
+        suite: one of ``SUITES``.
         episodes: number of episodes, tasks in turn; the first N episodes do not depend on how many follow.
         out: folder of the data set.
         seed: seed of the whole recording.
-        workers: processes; None is one per core. Each needs up to 2.5 GB.
+        workers: processes; None is one per core. Each needs up to 2.5 GB with LIBERO, 0.5 GB with the others.
         policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
 
     Returns:
@@ -116,10 +113,10 @@ def record(
 
     Raises:
         ValueError: an unknown suite, or a count below 1.
-        ImportError: LIBERO is not installed.
+        ImportError: the suite's simulator is not installed; names the extra that brings it.
     """
-    if suite not in EXPERT_TASKS:
-        raise ValueError(f"There is an expert for {list(EXPERT_TASKS)}, got suite={suite!r}.")
+    if suite not in SUITES:
+        raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
@@ -130,7 +127,7 @@ def record(
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
-        by_task = [[plan for plan in plans if plan.task == task] for task in EXPERT_TASKS[suite]]
+        by_task = [[plan for plan in plans if plan.task == task] for task in SUITES[suite].tasks]
         jobs = [pool.submit(_record_task, suite, root, some, policy) for some in by_task if some]
         while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
             try:
@@ -142,17 +139,18 @@ def record(
             if job.done() and job.exception():
                 pool.shutdown(wait=False, cancel_futures=True)
         cameras = [job.result() for job in jobs]
-    _writer(root, cameras[0]).finalize(episodes)
+    _writer(root, cameras[0], SUITES[suite].robot).finalize(episodes)
     return root
 
 
-def record_episode(simulation: LiberoSimulation, plan: EpisodePlan, policy: Policy | None = None) -> Episode:
+def record_episode(simulation: Simulation, plan: EpisodePlan, policy: Policy | None = None) -> Episode:
     """Run one planned episode and keep what the camera saw; `policy` acts if that is the plan."""
+    suite = SUITES[simulation.suite]
     rng = np.random.default_rng([plan.seed, 1])
     replayed = plan.recipe in COUNTERFACTUALS
     actions = _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((CONTROL_STEPS, 7), np.float32)
     _begin(simulation, plan.init_state, plan.jitter, rng)
-    expert = PickAndPlace(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
+    expert = suite.expert(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
     noise_rng = np.random.default_rng([plan.seed, 2])
     noise = ActionNoise(noise_rng.uniform(0.0, POLICY_NOISE), noise_rng)
     if plan.recipe == "policy" and policy is None:
@@ -169,7 +167,7 @@ def record_episode(simulation: LiberoSimulation, plan: EpisodePlan, policy: Poli
             }
             chunk = policy.predict(observation)[0][0]
             chunk[:, :6] += [noise() for _ in range(CHUNK_SIZE)]
-            actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0)
+            actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0) * suite.robot.action_mask
         simulation.step(actions[step].astype(np.float64))
         if (step + 1) % FRAME_STRIDE == 0:
             frames.append(simulation.render())
@@ -186,22 +184,23 @@ def record_episode(simulation: LiberoSimulation, plan: EpisodePlan, policy: Poli
         init_state=plan.init_state,
         split=plan.split,
         kind=plan.kind,
-        robot="panda",
+        robot=suite.robot.name,
         seed=plan.seed,
     )
 
 
 def _clean_actions_elsewhere(
-    simulation: LiberoSimulation, plan: EpisodePlan, rng: np.random.Generator
+    simulation: Simulation, plan: EpisodePlan, rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """What the undisturbed expert does from the other start that the plan names."""
+    suite = SUITES[simulation.suite]
     if plan.recipe == "shifted":
         simulation.reset(plan.init_state)
-        simulation.jitter_objects(SHIFTED_DISTANCE, rng)
+        _jitter_objects(simulation, SHIFTED_DISTANCE, rng)
     else:
-        others = [state for state in SPLITS[plan.split] if state != plan.init_state]
-        _begin(simulation, int(rng.choice(others)), True, rng)
-    expert = PickAndPlace(simulation, NOISE_RECIPES["clean"], rng)
+        others = [state for state in suite.starts[plan.split] if state != plan.init_state]
+        _begin(simulation, int(rng.choice(others)), suite.jitter_share > 0, rng)
+    expert = suite.expert(simulation, NOISE_RECIPES["clean"], rng)
     actions = np.zeros((CONTROL_STEPS, 7), np.float32)
     for step in range(CONTROL_STEPS):
         actions[step] = expert.act()
@@ -209,16 +208,21 @@ def _clean_actions_elsewhere(
     return actions
 
 
-def _begin(simulation: LiberoSimulation, init_state: int, jitter: bool, rng: np.random.Generator) -> None:
+def _begin(simulation: Simulation, init_state: int, jitter: bool, rng: np.random.Generator) -> None:
     simulation.reset(init_state)
     if not jitter:
         return
-    simulation.jitter_objects(JITTER_DISTANCE, rng)
+    _jitter_objects(simulation, JITTER_DISTANCE, rng)
     push = rng.uniform(-1.0, 1.0, 6) * np.array([0.6, 0.6, 0.4, 0.15, 0.15, 0.3])
     for _ in range(8):
         simulation.step(np.append(push, -1.0))
     for _ in range(4):
         simulation.step(np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]))
+
+
+def _jitter_objects(simulation: Simulation, distance: float, rng: np.random.Generator) -> None:
+    """Only plans for LIBERO ask for it: the starts of the other simulators are random and differ widely."""
+    cast("LiberoSimulation", simulation).jitter_objects(distance, rng)
 
 
 _written: Any = None  # in a worker: the queue that tells the parent of finished episodes
@@ -234,13 +238,11 @@ def _record_task(
 ) -> dict[str, list[list[float]]]:
     import torch
 
-    from prophet_gym.simulators.libero import load_simulation
-
     torch.set_num_threads(1)
 
-    simulation = load_simulation(suite, plans[0].task, IMAGE_SIZE)
+    simulation = SUITES[suite].load(suite, plans[0].task, IMAGE_SIZE)
     camera = simulation.camera()
-    writer = _writer(root, camera)
+    writer = _writer(root, camera, SUITES[suite].robot)
     for plan in plans:
         if not writer.has_episode(plan.index):
             torch.manual_seed(plan.seed)  # the policy's noise
@@ -250,5 +252,14 @@ def _record_task(
     return camera
 
 
-def _writer(root: Path, camera: dict[str, list[list[float]]]) -> LeRobotWriter:
-    return LeRobotWriter(root, fps=FPS, frame_stride=FRAME_STRIDE, camera=camera, image_size=IMAGE_SIZE, robot="panda")
+def _writer(root: Path, camera: dict[str, list[list[float]]], robot: Robot) -> LeRobotWriter:
+    return LeRobotWriter(
+        root,
+        fps=FPS,
+        frame_stride=FRAME_STRIDE,
+        camera=camera,
+        image_size=IMAGE_SIZE,
+        robot=robot.name,
+        action_mask=robot.action_mask,
+        action_units=robot.action_units,
+    )

@@ -149,6 +149,11 @@ class EpisodeDataset(Sequence[Episode]):
             raise KeyError(f"{self.root} has no camera for suite {suite!r}.")
         return np.array(camera["intrinsics"], np.float64), np.array(camera["extrinsics"], np.float64)
 
+    @property
+    def action_mask(self) -> NDArray[np.bool_]:
+        """Which numbers of an action the robot obeys, bool (7,); all, where the data set does not say."""
+        return np.array(self.info.get("prophet", {}).get("action_mask", [True] * ACTION_DIM), np.bool_)
+
     def _subset(self, records: tuple[EpisodeRecord, ...]) -> "EpisodeDataset":
         subset = object.__new__(EpisodeDataset)
         subset.__dict__.update(self.__dict__, records=records)

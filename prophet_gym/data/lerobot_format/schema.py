@@ -21,9 +21,10 @@ VIDEO_PATH = f"videos/{{video_key}}/{FILE_PATTERN}.mp4"
 EPISODES_PATH = f"meta/episodes/{FILE_PATTERN}.parquet"
 ACTION_CONVENTION = (
     "frame_stride actions of 7 values in [-1, 1], executed between this row's frame and the next one: delta xyz, delta "
-    "rotation in the world frame (1.0 is a goal 5 cm / 0.5 rad from the current pose), gripper (-1 opens, +1 closes). "
+    "rotation in the world frame ({units}), gripper (-1 opens, +1 closes). "
     "The last row of an episode is a no-op with the last gripper command."
 )
+PANDA_ACTION_UNITS = "1.0 is a goal 5 cm / 0.5 rad from the current pose"
 PROPRIO_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_0", "finger_1")
 ACTION_NAMES = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}

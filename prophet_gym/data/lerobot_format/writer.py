@@ -23,6 +23,7 @@ from prophet_gym.data.lerobot_format.schema import (
     DATA_PATH,
     EPISODES_PATH,
     IMAGE_KEY,
+    PANDA_ACTION_UNITS,
     PROPRIO_NAMES,
     QUANTILES,
     EpisodeRecord,
@@ -54,7 +55,9 @@ class LeRobotWriter:
         camera-to-world in metres, OpenCV axes: x right, y down, z forward), or one such dict per suite name.
     :param image_size: pixels, one number for a square or (height, width).
     :param robot: name of the robot, as in ``Episode.robot``.
-    :raises ValueError: a number is out of range or the camera is not of the form above.
+    :param action_mask: (7,) which numbers of an action the robot obeys; the others must be zero.
+    :param action_units: what an action of 1.0 does, in words.
+    :raises ValueError: a number is out of range or the camera or the mask is not of the form above.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class LeRobotWriter:
         camera: Mapping[str, Any],
         image_size: int | tuple[int, int],
         robot: str = "panda",
+        action_mask: Sequence[bool] = (True,) * ACTION_DIM,
+        action_units: str = PANDA_ACTION_UNITS,
     ) -> None:
         for name, number in (("fps", fps), ("frame_stride", frame_stride)):
             if int(number) != number or number < 1:
@@ -73,12 +78,16 @@ class LeRobotWriter:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height < 1 or width < 1:
             raise ValueError(f"image_size must be positive, got {image_size}.")
+        if len(action_mask) != ACTION_DIM:
+            raise ValueError(f"action_mask must have {ACTION_DIM} values, got {list(action_mask)}.")
         self.root = Path(root)
         self.fps = int(fps)
         self.frame_stride = int(frame_stride)
         self.camera = _camera_to_lists(camera)
         self.image_size = (int(height), int(width))
         self.robot = robot
+        self.action_mask = [bool(used) for used in action_mask]
+        self.action_units = action_units
 
     def has_episode(self, index: int) -> bool:
         """Whether episode ``index`` is completely on disk."""
@@ -90,7 +99,7 @@ class LeRobotWriter:
         A data set that was finalized before becomes unfinalized: call :meth:`finalize` again.
 
         :param index: place of the episode in the data set, >= 0.
-        :param episode: must have this writer's image size, frame stride and robot.
+        :param episode: must have this writer's image size, frame stride and robot, and zeros where its mask says so.
         :return: the file written.
         :raises ValueError: the episode does not fit this data set, or the index is negative.
         """
@@ -103,6 +112,11 @@ class LeRobotWriter:
         ):
             if expected != got:
                 raise ValueError(f"Episode {index} has {name} {got}, but this data set is written with {expected}.")
+        if episode.actions[..., ~np.array(self.action_mask)].any():
+            raise ValueError(
+                f"Episode {index} has actions other than zero where the action mask {self.action_mask} of the robot "
+                f"{self.robot!r} says that it obeys none: set them to zero."
+            )
         count = len(episode.frames)
         no_op = np.zeros((1, self.frame_stride, ACTION_DIM), np.float32)
         no_op[..., -1] = episode.actions[-1, -1, -1]
@@ -211,7 +225,8 @@ class LeRobotWriter:
                 "control_hz": self.fps * self.frame_stride,
                 "camera": self.camera,
                 "orientation": "upright",
-                "action_convention": ACTION_CONVENTION,
+                "action_convention": ACTION_CONVENTION.format(units=self.action_units),
+                "action_mask": self.action_mask,
                 "episodes": [asdict(record) for record in records],
             },
         }

@@ -39,6 +39,8 @@ NOISE_SHARES = {
     "libero_object": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "libero_spatial": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "libero_goal": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
+    "metaworld": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
+    "fetch": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
 }
 """Share of each recipe in a suite's recordings: 61% of 700 libero_object episodes succeeded, 73% of 600 libero_spatial
 ones."""

@@ -1,0 +1,141 @@
+"""What can be recorded: each suite's tasks, robot, starts and experts, and what a simulator must provide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prophet_gym.data.episode import SEED_SPLITS, SPLITS
+from prophet_gym.data.lerobot_format.schema import PANDA_ACTION_UNITS
+from prophet_gym.simulators import fetch, libero, metaworld
+from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_SHARES, NoiseRecipe, PickAndPlace
+from prophet_gym.simulators.experts.rehearsal import Expert, disturbed
+
+CONTROL_STEPS = 160
+FRAME_STRIDE = 4
+FPS = 5
+IMAGE_SIZE = 96
+
+
+class Simulation(Protocol):
+    """One task of a suite in a real simulator, at 20 control steps a second."""
+
+    suite: str
+    task: int
+    instruction: str
+
+    def reset(self, init_state: int) -> None:
+        """Begin at a start; the same number gives the same start, and the same actions the same episode."""
+        ...
+
+    def step(self, action: NDArray[np.float64]) -> None:
+        """Execute one low-level action (7,) in [-1, 1] for 50 ms."""
+        ...
+
+    def render(self) -> NDArray[np.uint8]:
+        """The scene now: uint8 (image_size, image_size, 3), upright RGB."""
+        ...
+
+    def proprio(self) -> NDArray[np.float32]:
+        """float32 (8,), see :class:`~prophet_gym.data.episode.Episode`."""
+        ...
+
+    def camera(self) -> dict[str, list[list[float]]]:
+        """Intrinsics and extrinsics, see :class:`~prophet_gym.data.lerobot_format.LeRobotWriter`."""
+        ...
+
+    def is_success(self) -> bool:
+        """The simulator's own verdict on the present state."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot as its data sets describe it.
+
+    Attributes:
+        name: as in ``Episode.robot``.
+        action_mask: which of the 7 numbers of an action it obeys; the others are zero in its recordings.
+        action_units: what an action of 1.0 does, in words.
+    """
+
+    name: str
+    action_mask: tuple[bool, ...]
+    action_units: str
+
+
+NO_ROTATION = (True, True, True, False, False, False, True)
+PANDA = Robot("panda", (True,) * 7, PANDA_ACTION_UNITS)
+SAWYER = Robot("sawyer", NO_ROTATION, "1.0 moves the goal by 1.6 cm; the orientation is fixed")
+FETCH = Robot("fetch", NO_ROTATION, "1.0 is a goal 1.25 cm from the current position; the orientation is fixed")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a recording needs to know of a suite.
+
+    Attributes:
+        robot: the robot that acts.
+        tasks: indices of the tasks that are recorded.
+        noise_shares: share of each recipe of ``NOISE_RECIPES``.
+        load: builds the simulation of (suite, task, image size); raises ``ImportError`` where the extra is missing.
+        expert: makes the scripted expert of (simulation at its start, recipe, random stream).
+        starts: the initial states of each split; seeds, but for LIBERO.
+        counterfactuals: where a counterfactual episode's actions come from, see ``recording.COUNTERFACTUALS``.
+        jitter_share: share of training episodes whose start is displaced, because the suite's own hardly differ.
+    """
+
+    robot: Robot
+    tasks: tuple[int, ...]
+    noise_shares: Mapping[str, float]
+    load: Callable[[str, int, int], Simulation]
+    expert: Callable[[Any, NoiseRecipe, np.random.Generator], Expert]
+    starts: Mapping[str, Sequence[int]]
+    counterfactuals: tuple[str, ...]
+    jitter_share: float
+
+
+_rehearsed = partial(disturbed, steps=CONTROL_STEPS)
+SUITES = {
+    suite: Suite(
+        robot=PANDA,
+        tasks=tasks,
+        noise_shares=NOISE_SHARES[suite],
+        load=libero.load_simulation,
+        expert=PickAndPlace,
+        starts=SPLITS,
+        counterfactuals=("shifted", "elsewhere"),
+        jitter_share=0.5,
+    )
+    for suite, tasks in EXPERT_TASKS.items()
+} | {
+    "metaworld": Suite(
+        robot=SAWYER,
+        tasks=tuple(range(len(metaworld.TASKS))),
+        noise_shares=NOISE_SHARES["metaworld"],
+        load=metaworld.MetaWorldSimulation,
+        expert=_rehearsed,
+        starts=SEED_SPLITS,
+        counterfactuals=("elsewhere",),
+        jitter_share=0.0,
+    ),
+    "fetch": Suite(
+        robot=FETCH,
+        tasks=tuple(range(len(fetch.TASKS))),
+        noise_shares=NOISE_SHARES["fetch"],
+        load=fetch.FetchSimulation,
+        expert=_rehearsed,
+        starts=SEED_SPLITS,
+        counterfactuals=("elsewhere",),
+        jitter_share=0.0,
+    ),
+}
