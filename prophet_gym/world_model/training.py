@@ -11,6 +11,7 @@ from typing import Any
 import imageio
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -25,6 +26,7 @@ from prophet_gym.training import LossFn, best_precision, fit
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.imagination import frame_rows, hand_motions, replay_episodes, track_holds
+from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.pipeline import (
     ChunkCondition,
     ProphetPipeline,
@@ -467,6 +469,8 @@ def train(
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
 
+    In each of several processes, as `torchrun` starts them, it trains on all of them, see `fit`.
+
     Args:
         train_arrays, val_arrays: frames, proprioception and actions of the two splits.
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
@@ -482,7 +486,10 @@ def train(
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
     recipe, out = PRESETS[preset], Path(out)
-    if (out / "pipeline").exists():
+    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
+    finished = (out / "pipeline").exists()
+    processes.wait_for_everyone()  # before the first process can make it exist
+    if finished:
         return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
     out.mkdir(parents=True, exist_ok=True)
     stride = train_arrays.actions.shape[1]
@@ -500,37 +507,78 @@ def train(
         cameras=cameras,
     )
 
-    stage = dict(recipe["proprioception"])
-    projections = pipeline.projection([record.suite for record in train_arrays.records])
     _set_proprio_statistics(proprioception, train_arrays)
-    loss_fn = proprioception_loss(proprioception, train_arrays, projections, stage.pop("batch_size"))
-    fit("proprioception", proprioception, loss_fn, out, seed=seed, **stage)
+    fit_proprioception(pipeline, train_arrays, out, recipe, seed)
 
     stage = dict(recipe["autoencoder"])
+    projections = pipeline.projection([record.suite for record in train_arrays.records])
     loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
     fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
 
     latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+    fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
+    save_pipeline(pipeline, out)
+    return pipeline
+
+
+def fit_proprioception(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
+) -> None:
+    """The stage of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
+    stage = dict(recipe["proprioception"])
+    projections = pipeline.projection([record.suite for record in arrays.records])
+    loss_fn = proprioception_loss(pipeline.proprioception, arrays, projections, stage.pop("batch_size"))
+    fit("proprioception", pipeline.proprioception, loss_fn, out, seed=seed, **stage)
+
+
+def fit_video(
+    pipeline: ProphetPipeline,
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    latents: torch.Tensor,
+    out: Path,
+    recipe: dict[str, Any],
+    seed: int,
+    lora_rank: int | None = None,
+) -> None:
+    """`STAGES`: transformer and decoder, whose weights change in place.
+
+    Args:
+        latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
+        recipe: as in `PRESETS`.
+        lora_rank: if given, the transformer learns in low-rank adapters, which are fused after each stage.
+    """
+    vae, transformer = pipeline.vae, pipeline.transformer
     vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
     for number, name in enumerate(STAGES):
         stage = dict(recipe[name])
         batch_size = stage.pop("batch_size")
+        done = (out / name).exists()
         some, own_latents, imagined = train_arrays, latents, None
-        if number and not (out / name).exists():
+        if number and not done:
             # The models have changed: once more, what do they make of the episodes?
             some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + number)
             own_latents = latents[rows]
             imagined = imagine_training_episodes(pipeline, some, own_latents, seed + number)
         part: ModelMixin = vae if name.startswith("decoder") else transformer
+        finish = None
         if part is vae and imagined is not None:
             loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
         else:
             loss_fn = transformer_loss(
                 pipeline, some, own_latents, batch_size=batch_size, steps=stage["steps"], imagined=imagined
             )
+        if part is transformer and lora_rank is not None and not done:
+            add_lora(transformer, lora_rank, seed + number)
+            finish = partial(fuse_lora, transformer, out / f"{name}-lora" if PartialState().is_main_process else None)
         validate = partial(_validate, pipeline, val_arrays, out, name)
-        fit(name, part, loss_fn, out, seed=seed, validate=validate, **stage)
-    temporary = out / ".pipeline.tmp"
-    pipeline.save_pretrained(temporary)
-    os.replace(temporary, out / "pipeline")
-    return pipeline
+        fit(name, part, loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
+
+
+def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:
+    """Write `out / pipeline`, whole or not at all; of several processes the first one does."""
+    if PartialState().is_main_process:
+        temporary = out / ".pipeline.tmp"
+        pipeline.save_pretrained(temporary)
+        os.replace(temporary, out / "pipeline")
+    PartialState().wait_for_everyone()
