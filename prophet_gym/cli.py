@@ -41,6 +41,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=arguments.device,
         cameras=camera_projections(datasets),
+        pretrained=arguments.pretrained,
     )
 
 
@@ -127,7 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")
     train.add_argument("data", nargs="+", help="folders written by `prophet record`")
-    train.add_argument("--preset", default="tiny", help="tiny (embedded, CPU) or debug (seconds)")
+    train.add_argument(
+        "--preset",
+        default="tiny",
+        help="tiny (embedded, CPU), base (100M weights, one GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
+    )
+    train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu")

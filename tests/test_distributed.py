@@ -84,7 +84,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     paths = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

@@ -25,6 +25,7 @@ from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import LossFn, best_precision, fit
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.imagination import frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.pipeline import (
@@ -54,6 +55,51 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
         "decoder-own-history": {"steps": 2500, "batch_size": 32, "learning_rate": 7e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
+    },
+    # About 100 million weights, for one GPU.
+    "base": {
+        "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
+        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "transformer": {"steps": 40_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
+        "decoder": {"steps": 10_000, "batch_size": 64, "learning_rate": 3e-4},
+        "transformer-own-history": {"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 1000},
+        "decoder-own-history": {"steps": 10_000, "batch_size": 64, "learning_rate": 2e-4},
+        "models": {
+            "autoencoder": {
+                "block_channels": (64, 128, 256),
+                "encoder_blocks": (1, 2, 2),
+                "decoder_blocks": (2, 3, 3),
+            },
+            "proprioception": {"hidden_dim": 384},
+            "transformer": {
+                "conv_channels": 256,
+                "num_attention_heads": 12,
+                "attention_head_dim": 64,
+                "num_layers": 10,
+                "adaln_lora_dim": 128,
+            },
+        },
+    },
+    # Two billion weights, from `pretrained`; optimiser as in the paper. Its autoencoder needs no training.
+    "cosmos-2b": {
+        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "transformer": {
+            "steps": 20_000,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.1,
+            "warmup_steps": 1000,
+        },
+        "decoder": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
+        "transformer-own-history": {
+            "steps": 20_000,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.1,
+            "warmup_steps": 1000,
+        },
+        "decoder-own-history": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
+        "models": {"proprioception": {"hidden_dim": 384}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
     "debug": {
@@ -466,6 +512,7 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     cameras: dict[str, list[list[float]]] | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
 
@@ -476,16 +523,24 @@ def train(
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
         preset: one of `PRESETS`. seed: of initial weights and batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`.
+        pretrained: for the preset "cosmos-2b", and for no other, a local copy of Cosmos-Predict2-2B-Video2World in
+            diffusers' format, of which its folders `transformer` and `vae` are read.
 
     Returns:
         The trained pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: unknown preset, or one that does not go with `pretrained`.
+        OSError: a folder of `pretrained` holds no model.
     """
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
     recipe, out = PRESETS[preset], Path(out)
+    if (pretrained is None) != ("autoencoder" in recipe):
+        raise ValueError(
+            'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
+            f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
+        )
     processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
     finished = (out / "pipeline").exists()
     processes.wait_for_everyone()  # before the first process can make it exist
@@ -495,9 +550,18 @@ def train(
     stride = train_arrays.actions.shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = ProphetAutoencoder(**recipe["models"]["autoencoder"]).to(device, memory_format=torch.channels_last)
-        proprioception = ProprioceptionModel(frame_stride=stride, **recipe["models"]["proprioception"]).to(device)
-        transformer = ProphetTransformer3DModel(**recipe["models"]["transformer"]).to(device)
+        models = recipe["models"]
+        if pretrained is None:
+            vae = ProphetAutoencoder(**models["autoencoder"]).to(device, memory_format=torch.channels_last)
+        else:
+            vae = ProphetCosmosAutoencoder.from_pretrained(
+                Path(pretrained) / "vae", use_safetensors=True, local_files_only=True
+            ).to(device)
+        proprioception = ProprioceptionModel(frame_stride=stride, **models["proprioception"]).to(device)
+        if pretrained is None:
+            transformer = ProphetTransformer3DModel(**models["transformer"]).to(device)
+        else:
+            transformer = ProphetCosmosTransformer3DModel.from_cosmos(Path(pretrained) / "transformer").to(device)
     pipeline = ProphetPipeline(
         vae,
         transformer,
@@ -510,12 +574,14 @@ def train(
     _set_proprio_statistics(proprioception, train_arrays)
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
 
-    stage = dict(recipe["autoencoder"])
-    projections = pipeline.projection([record.suite for record in train_arrays.records])
-    loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
-    fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
-
-    latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+    if "autoencoder" in recipe:
+        stage = dict(recipe["autoencoder"])
+        projections = pipeline.projection([record.suite for record in train_arrays.records])
+        loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
+        fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
+        latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+    else:
+        latents = encode_frames(vae, train_arrays.frames)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
     save_pipeline(pipeline, out)
     return pipeline
