@@ -120,8 +120,8 @@ def test_one_step_of_every_stage_then_a_rollout(
     pretrained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    starts: str,
-    rank: int | None,  # noqa: F811
+    starts: str,  # noqa: F811
+    rank: int | None,
 ) -> None:
     for recipes, name in ((PRESETS, "cosmos-2b"), (RECIPES, "adapt")):
         short = {
