@@ -1,4 +1,4 @@
-"""`prophet record | train | train-reward | evaluate`: thin layers over the functions of the same names."""
+"""`prophet record | train | adapt | train-reward | evaluate`: thin layers over the functions of the same names."""
 
 import argparse
 import logging
@@ -38,6 +38,31 @@ def _train(arguments: argparse.Namespace) -> None:
         load_arrays(datasets, "val"),
         arguments.out,
         preset=arguments.preset,
+        seed=arguments.seed,
+        device=arguments.device,
+        cameras=camera_projections(datasets),
+        pretrained=arguments.pretrained,
+    )
+
+
+def _adapt(arguments: argparse.Namespace) -> None:
+    import copy
+
+    from prophet_gym.data.clips import load_arrays, subset
+    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.envs.models import load_world_model
+    from prophet_gym.world_model.adaptation import adapt
+    from prophet_gym.world_model.training import camera_projections
+
+    datasets = [EpisodeDataset(path) for path in arguments.data]
+    episodes, _ = subset(load_arrays(datasets, "train"), arguments.episodes, arguments.seed)
+    adapt(
+        copy.deepcopy(load_world_model(arguments.checkpoint, "cpu")),
+        episodes,
+        load_arrays(datasets, "val"),
+        arguments.out,
+        recipe=arguments.recipe,
+        lora_rank=arguments.lora_rank,
         seed=arguments.seed,
         device=arguments.device,
         cameras=camera_projections(datasets),
@@ -103,11 +128,27 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")
     train.add_argument("data", nargs="+", help="folders written by `prophet record`")
-    train.add_argument("--preset", default="tiny", help="tiny (embedded, CPU) or debug (seconds)")
+    train.add_argument(
+        "--preset",
+        default="tiny",
+        help="tiny (embedded, CPU), base (100M weights, one GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
+    )
+    train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu")
     train.set_defaults(run=_train)
+
+    adapt = commands.add_parser("adapt", help="adapt Prophet to a new suite or robot; the same command resumes")
+    adapt.add_argument("checkpoint", help="folder of a pipeline, or the name of a shipped one; it stays as it is")
+    adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
+    adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
+    adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
+    adapt.add_argument("--recipe", default="adapt", help="adapt or debug (seconds)")
+    adapt.add_argument("--out", required=True)
+    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--device", default="cpu")
+    adapt.set_defaults(run=_adapt)
 
     reward = commands.add_parser("train-reward", help="train and calibrate the success classifier")
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
@@ -142,3 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
     arguments.run(arguments)
+
+
+if __name__ == "__main__":  # torchrun --nproc_per_node 2 -m prophet_gym.cli train ...
+    main()

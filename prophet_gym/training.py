@@ -1,6 +1,7 @@
 """The one training loop of the package: precision, EMA, schedule, logs, checkpoints.
 
-Randomness is drawn from a generator seeded by (seed, step), so a run that was killed goes on to the same numbers.
+Randomness is drawn from a generator seeded by (seed, step, process), so a run that was killed goes on to the same
+numbers, and several processes, as `torchrun` starts them, see different batches and average their gradients.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -50,11 +52,16 @@ def fit(
     checkpoint_every: int = 250,
     validate: Callable[[SummaryWriter, int], None] | None = None,
     validate_every: int = 1000,
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Train one module in place; on return it holds the EMA weights, which are also saved to `out / name`.
 
     A checkpoint (weights, optimizer, EMA, schedule, step) is written to `out / checkpoints / name` under a temporary
     name and renamed. Calling again resumes from it, or returns at once when the stage is finished.
+
+    Of several processes, each must call this, with the same arguments and an `out` that all of them see. They start
+    from the weights of the first, each draws its own batches, and a step follows the mean of their gradients: N
+    processes take the steps that one would with batches N times as large. The first one alone writes and validates.
 
     Args:
         name: of the stage; part of the file names and TensorBoard tags.
@@ -65,21 +72,34 @@ def fit(
         seed: of the random stream.
         ema_decay, weight_decay: as usual. checkpoint_every: steps between checkpoints.
         validate: called with the EMA weights in place every `validate_every` steps and at the end.
+        finish: called, in every process, with the final weights in place before they are saved: it may change them.
 
     Raises:
         FloatingPointError: the gradient of many batches in a row is not finite; one such batch is left out.
     """
-    if (out / name).exists():
+    device = next(module.parameters()).device
+    accelerator = Accelerator(
+        mixed_precision=best_precision(device),
+        cpu=device.type == "cpu",
+        device_placement=False,
+        step_scheduler_with_optimizer=False,  # it would step once per process
+    )
+    finished = (out / name).exists()
+    accelerator.wait_for_everyone()  # before the first process can make it exist
+    if finished:
         module.load_state_dict(type(module).from_pretrained(out / name).state_dict())
         return
-    device = next(module.parameters()).device
-    accelerator = Accelerator(mixed_precision=best_precision(device), cpu=device.type == "cpu", device_placement=False)
+    for weight in module.state_dict().values():
+        broadcast(weight)
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=min(warmup_steps, steps // 10), num_training_steps=steps
     )
     ema = EMAModel(module.parameters(), decay=ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    model, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    # Not for evaluation, but this leaves out DistributedDataParallel, which synchronises only what goes through
+    # `forward`: the losses call other methods too. `_average_gradients` takes its place.
+    accelerator.prepare_model(module, evaluation_mode=True)
     accelerator.register_for_checkpointing(ema)
     # `loss_fn` runs in autocast; outside of it, in validation and in later stages, the module keeps its own precision.
     for name_of_forward in ("forward", "_original_forward"):
@@ -87,8 +107,9 @@ def fit(
 
     checkpoint = out / "checkpoints" / name
     previous = checkpoint.with_name(f"{name}.previous")
-    if previous.exists() and not checkpoint.exists():  # killed between the two renames of `_save_checkpoint`
-        os.replace(previous, checkpoint)
+    if accelerator.is_main_process and previous.exists() and not checkpoint.exists():
+        os.replace(previous, checkpoint)  # killed between the two renames of `_save_checkpoint`
+    accelerator.wait_for_everyone()
     start = 0
     if checkpoint.exists():
         accelerator.load_state(str(checkpoint))
@@ -96,16 +117,19 @@ def fit(
         start = json.loads((checkpoint / "progress.json").read_text())["step"]
         logger.info("%s: resumed at step %d of %d", name, start, steps)
 
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start or None)
+    main = accelerator.is_main_process
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start or None) if main else None
     skipped = 0
-    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5.0)
+    progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5.0, disable=not main)
     for step in progress:
-        model.train()
-        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        module.train()
+        batch = step * accelerator.num_processes + accelerator.process_index
+        generator = torch.Generator().manual_seed(1_000_003 * seed + batch)
         with accelerator.autocast():
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        _average_gradients(accelerator, module)
+        norm = accelerator.clip_grad_norm_(module.parameters(), 1.0)
         skipped = 0 if torch.isfinite(norm) else skipped + 1  # one batch may overflow; a run must not
         if skipped == MAX_SKIPPED:
             raise FloatingPointError(
@@ -119,32 +143,48 @@ def fit(
         ema.step(module.parameters())
 
         done = step + 1
-        if done % 50 == 0 or done == steps:
+        if writer and (done % 50 == 0 or done == steps):
             logs |= {"loss": loss.item(), "grad_norm": float(norm), "learning_rate": schedule.get_last_lr()[0]}
             for key, value in logs.items():
                 writer.add_scalar(f"{name}/{key}", value, done)
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if done % checkpoint_every == 0 and done < steps:
             _save_checkpoint(accelerator, checkpoint, done)
-        if validate and (done % validate_every == 0 or done == steps):
-            model.eval()
+        if writer and validate and (done % validate_every == 0 or done == steps):
+            module.eval()
             ema.store(module.parameters())
             ema.copy_to(module.parameters())
             validate(writer, done)
             ema.restore(module.parameters())
-    writer.close()
     ema.copy_to(module.parameters())
     module.eval()
-    temporary = out / f".{name}.tmp"
-    module.save_pretrained(temporary)
-    os.replace(temporary, out / name)
-    for folder in (checkpoint, previous):
-        shutil.rmtree(folder, ignore_errors=True)
+    if finish:
+        finish()
+    if writer:
+        writer.close()
+        temporary = out / f".{name}.tmp"
+        module.save_pretrained(temporary)
+        os.replace(temporary, out / name)
+        for folder in (checkpoint, previous):
+            shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _average_gradients(accelerator: Accelerator, module: torch.nn.Module) -> None:
+    """Give every process the mean of all processes' gradients; each runs the same graph, so the same ones exist."""
+    if accelerator.num_processes == 1:
+        return
+    for weight in module.parameters():
+        if weight.grad is not None:
+            weight.grad = accelerator.reduce(weight.grad, "mean")
 
 
 def _save_checkpoint(accelerator: Accelerator, path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    accelerator.save_state(str(temporary))
+    accelerator.save_state(str(temporary))  # every process adds the state of its random numbers
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
     (temporary / "progress.json").write_text(json.dumps({"step": step}))
     # A folder cannot replace a full one: the old checkpoint steps aside, and `fit` finds it after a kill in between.
     previous = path.with_name(f"{path.name}.previous")

@@ -19,6 +19,7 @@ from prophet_gym.world_model.action_conditioning import (
     update_hold,
 )
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
@@ -75,8 +76,8 @@ class ProphetPipeline(DiffusionPipeline):
     had in mind: what the decoder kept sharp stays sharp.
 
     Args:
-        vae (`ProphetAutoencoder`): frames <-> latents.
-        transformer (`ProphetTransformer3DModel`): velocity of the chunk's latents.
+        vae (`ProphetAutoencoder` or `ProphetCosmosAutoencoder`): frames <-> latents.
+        transformer (`ProphetTransformer3DModel` or `ProphetCosmosTransformer3DModel`): velocity of the chunk's latents.
         proprioception (`ProprioceptionModel`): the robot's own state.
         scheduler (`FlowMatchEulerDiscreteScheduler`): integrates the velocity from noise (sigma 1) to data (sigma 0).
         image_size (`int`): side of the square video, pixels.
@@ -96,8 +97,8 @@ class ProphetPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: ProphetAutoencoder,
-        transformer: ProphetTransformer3DModel,
+        vae: ProphetAutoencoder | ProphetCosmosAutoencoder,
+        transformer: ProphetTransformer3DModel | ProphetCosmosTransformer3DModel,
         proprioception: ProprioceptionModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         image_size: int = 96,

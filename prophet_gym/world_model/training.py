@@ -11,6 +11,7 @@ from typing import Any
 import imageio
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -24,7 +25,9 @@ from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import LossFn, best_precision, fit
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
+from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.imagination import frame_rows, hand_motions, replay_episodes, track_holds
+from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.pipeline import (
     ChunkCondition,
     ProphetPipeline,
@@ -52,6 +55,51 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
         "decoder-own-history": {"steps": 2500, "batch_size": 32, "learning_rate": 7e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
+    },
+    # About 100 million weights, for one GPU.
+    "base": {
+        "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
+        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "transformer": {"steps": 40_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
+        "decoder": {"steps": 10_000, "batch_size": 64, "learning_rate": 3e-4},
+        "transformer-own-history": {"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 1000},
+        "decoder-own-history": {"steps": 10_000, "batch_size": 64, "learning_rate": 2e-4},
+        "models": {
+            "autoencoder": {
+                "block_channels": (64, 128, 256),
+                "encoder_blocks": (1, 2, 2),
+                "decoder_blocks": (2, 3, 3),
+            },
+            "proprioception": {"hidden_dim": 384},
+            "transformer": {
+                "conv_channels": 256,
+                "num_attention_heads": 12,
+                "attention_head_dim": 64,
+                "num_layers": 10,
+                "adaln_lora_dim": 128,
+            },
+        },
+    },
+    # Two billion weights, from `pretrained`; optimiser as in the paper. Its autoencoder needs no training.
+    "cosmos-2b": {
+        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "transformer": {
+            "steps": 20_000,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.1,
+            "warmup_steps": 1000,
+        },
+        "decoder": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
+        "transformer-own-history": {
+            "steps": 20_000,
+            "batch_size": 16,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.1,
+            "warmup_steps": 1000,
+        },
+        "decoder-own-history": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
+        "models": {"proprioception": {"hidden_dim": 384}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
     "debug": {
@@ -464,33 +512,56 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     cameras: dict[str, list[list[float]]] | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
+
+    In each of several processes, as `torchrun` starts them, it trains on all of them, see `fit`.
 
     Args:
         train_arrays, val_arrays: frames, proprioception and actions of the two splits.
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
         preset: one of `PRESETS`. seed: of initial weights and batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`.
+        pretrained: for the preset "cosmos-2b", and for no other, a local copy of Cosmos-Predict2-2B-Video2World in
+            diffusers' format, of which its folders `transformer` and `vae` are read.
 
     Returns:
         The trained pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: unknown preset, or one that does not go with `pretrained`.
+        OSError: a folder of `pretrained` holds no model.
     """
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
     recipe, out = PRESETS[preset], Path(out)
-    if (out / "pipeline").exists():
+    if (pretrained is None) != ("autoencoder" in recipe):
+        raise ValueError(
+            'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
+            f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
+        )
+    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
+    finished = (out / "pipeline").exists()
+    processes.wait_for_everyone()  # before the first process can make it exist
+    if finished:
         return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
     out.mkdir(parents=True, exist_ok=True)
     stride = train_arrays.actions.shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = ProphetAutoencoder(**recipe["models"]["autoencoder"]).to(device, memory_format=torch.channels_last)
-        proprioception = ProprioceptionModel(frame_stride=stride, **recipe["models"]["proprioception"]).to(device)
-        transformer = ProphetTransformer3DModel(**recipe["models"]["transformer"]).to(device)
+        models = recipe["models"]
+        if pretrained is None:
+            vae = ProphetAutoencoder(**models["autoencoder"]).to(device, memory_format=torch.channels_last)
+        else:
+            vae = ProphetCosmosAutoencoder.from_pretrained(
+                Path(pretrained) / "vae", use_safetensors=True, local_files_only=True
+            ).to(device)
+        proprioception = ProprioceptionModel(frame_stride=stride, **models["proprioception"]).to(device)
+        if pretrained is None:
+            transformer = ProphetTransformer3DModel(**models["transformer"]).to(device)
+        else:
+            transformer = ProphetCosmosTransformer3DModel.from_cosmos(Path(pretrained) / "transformer").to(device)
     pipeline = ProphetPipeline(
         vae,
         transformer,
@@ -500,37 +571,80 @@ def train(
         cameras=cameras,
     )
 
-    stage = dict(recipe["proprioception"])
-    projections = pipeline.projection([record.suite for record in train_arrays.records])
     _set_proprio_statistics(proprioception, train_arrays)
-    loss_fn = proprioception_loss(proprioception, train_arrays, projections, stage.pop("batch_size"))
-    fit("proprioception", proprioception, loss_fn, out, seed=seed, **stage)
+    fit_proprioception(pipeline, train_arrays, out, recipe, seed)
 
-    stage = dict(recipe["autoencoder"])
-    loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
-    fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
+    if "autoencoder" in recipe:
+        stage = dict(recipe["autoencoder"])
+        projections = pipeline.projection([record.suite for record in train_arrays.records])
+        loss_fn = autoencoder_loss(vae, train_arrays, projections, stage.pop("batch_size"))
+        fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
+        latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+    else:
+        latents = encode_frames(vae, train_arrays.frames)
+    fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
+    save_pipeline(pipeline, out)
+    return pipeline
 
-    latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+
+def fit_proprioception(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
+) -> None:
+    """The stage of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
+    stage = dict(recipe["proprioception"])
+    projections = pipeline.projection([record.suite for record in arrays.records])
+    loss_fn = proprioception_loss(pipeline.proprioception, arrays, projections, stage.pop("batch_size"))
+    fit("proprioception", pipeline.proprioception, loss_fn, out, seed=seed, **stage)
+
+
+def fit_video(
+    pipeline: ProphetPipeline,
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    latents: torch.Tensor,
+    out: Path,
+    recipe: dict[str, Any],
+    seed: int,
+    lora_rank: int | None = None,
+) -> None:
+    """`STAGES`: transformer and decoder, whose weights change in place.
+
+    Args:
+        latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
+        recipe: as in `PRESETS`.
+        lora_rank: if given, the transformer learns in low-rank adapters, which are fused after each stage.
+    """
+    vae, transformer = pipeline.vae, pipeline.transformer
     vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
     for number, name in enumerate(STAGES):
         stage = dict(recipe[name])
         batch_size = stage.pop("batch_size")
+        done = (out / name).exists()
         some, own_latents, imagined = train_arrays, latents, None
-        if number and not (out / name).exists():
+        if number and not done:
             # The models have changed: once more, what do they make of the episodes?
             some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + number)
             own_latents = latents[rows]
             imagined = imagine_training_episodes(pipeline, some, own_latents, seed + number)
         part: ModelMixin = vae if name.startswith("decoder") else transformer
+        finish = None
         if part is vae and imagined is not None:
             loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
         else:
             loss_fn = transformer_loss(
                 pipeline, some, own_latents, batch_size=batch_size, steps=stage["steps"], imagined=imagined
             )
+        if part is transformer and lora_rank is not None and not done:
+            add_lora(transformer, lora_rank, seed + number)
+            finish = partial(fuse_lora, transformer, out / f"{name}-lora" if PartialState().is_main_process else None)
         validate = partial(_validate, pipeline, val_arrays, out, name)
-        fit(name, part, loss_fn, out, seed=seed, validate=validate, **stage)
-    temporary = out / ".pipeline.tmp"
-    pipeline.save_pretrained(temporary)
-    os.replace(temporary, out / "pipeline")
-    return pipeline
+        fit(name, part, loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
+
+
+def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:
+    """Write `out / pipeline`, whole or not at all; of several processes the first one does."""
+    if PartialState().is_main_process:
+        temporary = out / ".pipeline.tmp"
+        pipeline.save_pretrained(temporary)
+        os.replace(temporary, out / "pipeline")
+    PartialState().wait_for_everyone()

@@ -19,7 +19,7 @@ _KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]], [[0.0]]]
 still."""
 
 
-class _NoText(nn.Module):
+class NoText(nn.Module):
     """Stands for a block's text branch (norm and cross-attention).
 
     Prophet's text embedding is all zeros (paper), and the cross-attention has no biases, so its output is exactly zero:
@@ -30,7 +30,9 @@ class _NoText(nn.Module):
         return hidden_states.new_zeros(1)
 
 
-class _NoTextNorm(nn.Module):
+class NoTextNorm(nn.Module):
+    """Stands for the norm of a text branch that is left out, see `NoText`: no shift, and a gate that is shut."""
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         zero = hidden_states.new_zeros(1)
         return zero, zero
@@ -119,7 +121,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
 
         hidden_dim = num_attention_heads * attention_head_dim
         for block in self.transformer_blocks:
-            block.attn2, block.norm2 = _NoText(), _NoTextNorm()
+            block.attn2, block.norm2 = NoText(), NoTextNorm()
         # Rotary embeddings are relative, and a fixed camera makes absolute position matter. Not from zero, where the
         # normalised embedding has no direction.
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):

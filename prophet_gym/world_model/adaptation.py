@@ -1,0 +1,97 @@
+"""Few-shot adaptation: a trained Prophet learns a new suite or robot from a few episodes."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.world_model.lora import check_lora
+from prophet_gym.world_model.pipeline import ProphetPipeline
+from prophet_gym.world_model.training import encode_frames, fit_proprioception, fit_video, save_pipeline
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # About a fifth of the steps of the preset "tiny", at a third of its learning rates.
+    "adapt": {
+        "proprioception": {"steps": 1000, "batch_size": 64, "learning_rate": 1e-3},
+        "transformer": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
+        "decoder": {"steps": 500, "batch_size": 32, "learning_rate": 3e-4},
+        "transformer-own-history": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
+        "decoder-own-history": {"steps": 500, "batch_size": 32, "learning_rate": 3e-4},
+    },
+    # Seconds, for tests.
+    "debug": {
+        "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},
+        "transformer": {"steps": 20, "batch_size": 4, "learning_rate": 3e-3},
+        "decoder": {"steps": 20, "batch_size": 4, "learning_rate": 3e-3},
+        "transformer-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
+        "decoder-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
+    },
+}
+"""Steps of the stages of `prophet_gym.world_model.training.PRESETS`, less the autoencoder."""
+
+
+def adapt(
+    pipeline: ProphetPipeline,
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    out: str | os.PathLike[str],
+    *,
+    recipe: str = "adapt",
+    lora_rank: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    cameras: dict[str, list[list[float]]] | None = None,
+) -> ProphetPipeline:
+    """Go on training a pipeline on other episodes and save it to `out / pipeline`; run again after a kill to resume.
+
+    The stages are those of `train` without the autoencoder: the encoder and all statistics stay, for the transformer
+    knows their latents; proprioception, transformer and decoder learn. It may run in several processes, as `train` may.
+
+    Args:
+        pipeline: what to begin from; changed in place. Its files stay as they are.
+        train_arrays, val_arrays: frames, proprioception and actions of the two splits of the new episodes.
+        out: folder for checkpoints, TensorBoard logs, sample videos and the result.
+        recipe: one of `RECIPES`.
+        lora_rank: train low-rank adapters of the transformer instead of all its weights (extra `lora`). They are fused
+            into the saved pipeline, which needs no peft, and lie beside it, in `out / STAGE-lora`.
+        seed: of the batches. device: torch device.
+        cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`; they join the pipeline's own,
+            in place of one of the same suite.
+
+    Returns:
+        The adapted pipeline, EMA weights.
+
+    Raises:
+        ValueError: unknown recipe, lora_rank below 1, or episodes of another stride, size or robot state than the
+            pipeline's.
+        ImportError: lora_rank is given and peft is not installed.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"Unknown recipe {recipe!r}; choose one of {sorted(RECIPES)}.")
+    if lora_rank is not None:
+        check_lora(lora_rank)
+    config, out = pipeline.proprioception.config, Path(out)
+    expected = {
+        "frames": (pipeline.image_size, pipeline.image_size, 3),
+        "proprio": (config.proprio_dim,),
+        "actions": (pipeline.frame_stride, config.action_dim),
+    }
+    for name, shape in expected.items():
+        if (got := tuple(getattr(train_arrays, name).shape[1:])) != shape:
+            raise ValueError(f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}.")
+    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
+    finished = (out / "pipeline").exists()
+    processes.wait_for_everyone()  # before the first process can make it exist
+    if finished:
+        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline.to(device)
+    pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
+    stages = RECIPES[recipe]
+    fit_proprioception(pipeline, train_arrays, out, stages, seed)
+    latents = encode_frames(pipeline.vae, train_arrays.frames)
+    fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
+    save_pipeline(pipeline, out)
+    return pipeline

@@ -1,0 +1,200 @@
+"""`prophet adapt`: from a few episodes of a new world, by all weights or by LoRA, resumable, the base left as it is."""
+
+import hashlib
+import sys
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_world_model import episodes
+
+import prophet_gym.world_model.training as stages
+from prophet_gym.cli import main
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.episode import SPLITS, Episode
+from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.training import LossFn
+from prophet_gym.world_model import ProphetPipeline, adaptation
+from prophet_gym.world_model.adaptation import adapt
+from prophet_gym.world_model.training import encode_frames, proprioception_loss, transformer_loss
+
+CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
+LORA = pytest.param(4, marks=pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `lora`"))
+
+
+def new_world(count: int, seed: int = 0) -> EpisodeArrays:
+    arrays = episodes(count, seed=seed)
+    return replace(arrays, records=tuple(replace(record, suite="square_world") for record in arrays.records))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    ProphetPipeline.tiny_random().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(path: Path) -> ProphetPipeline:
+    return ProphetPipeline.from_pretrained(path)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@torch.no_grad()
+def losses(pipeline: ProphetPipeline) -> dict[str, float]:
+    arrays = new_world(4)
+    cameras = pipeline.projection(["square_world"] * 4)
+    latents = encode_frames(pipeline.vae, arrays.frames)
+    every = {
+        "proprioception": proprioception_loss(pipeline.proprioception, arrays, cameras, 16),
+        "transformer": transformer_loss(pipeline, arrays, latents, batch_size=8, steps=10**9),
+    }
+    return {
+        name: float(np.mean([loss(0, torch.Generator().manual_seed(k))[0].item() for k in range(4)]))
+        for name, loss in every.items()
+    }
+
+
+def assert_same_weights(one: ProphetPipeline, other: ProphetPipeline, **tolerance: float) -> None:
+    for name in ("vae", "transformer", "proprioception"):
+        first, second = getattr(one, name).state_dict(), getattr(other, name).state_dict()
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, LORA])
+def test_adapting_learns_the_new_world_and_leaves_the_base_as_it_is(
+    base: Path, tmp_path: Path, rank: int | None
+) -> None:
+    files, before = digests(base), losses(load(base))
+    adapted = adapt(
+        load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="debug", lora_rank=rank,
+        cameras={"square_world": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]},
+    )  # fmt: skip
+    after = losses(adapted)
+    assert all(after[name] < 0.9 * before[name] for name in before)
+    assert digests(base) == files
+    saved, old = load(tmp_path / "out" / "pipeline"), load(base)
+    assert set(saved.config.cameras) == {"libero_object", "square_world"}
+    assert_same_weights(adapted, saved)
+    assert saved.transformer.state_dict().keys() == old.transformer.state_dict().keys()
+    for key, value in saved.vae.encoder.state_dict().items():
+        assert torch.equal(value, old.vae.encoder.state_dict()[key])  # the transformer knows its latents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, LORA])
+def test_a_killed_adaptation_resumes_to_the_same_weights(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    """Killed in the midst of the transformer, after a checkpoint, and again before the first step of the decoder."""
+    recipe = {name: stage | {"checkpoint_every": 5} for name, stage in adaptation.RECIPES["debug"].items()}
+    monkeypatch.setitem(adaptation.RECIPES, "debug", recipe)
+    run = partial(adapt, train_arrays=new_world(4), val_arrays=new_world(2, seed=1), recipe="debug", lora_rank=rank)
+    torch.manual_seed(0)  # of the dropout
+    whole = run(load(base), out=tmp_path / "whole")
+
+    def killed_at(name: str, last: int) -> None:
+        make = getattr(stages, name)
+
+        def make_killed(*args: object, **arguments: object) -> LossFn:
+            loss_fn = make(*args, **arguments)
+
+            def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+                if step == last:
+                    raise KeyboardInterrupt
+                return loss_fn(step, generator)
+
+            return killed
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stages, name, make_killed)
+            run(load(base), out=tmp_path / "killed")
+
+    torch.manual_seed(0)
+    killed_at("transformer_loss", 8)
+    assert (tmp_path / "killed" / "checkpoints" / "transformer").is_dir()
+    killed_at("decoder_loss", 0)
+    assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [LORA])
+def test_the_saved_adapters_are_what_was_fused(base: Path, tmp_path: Path, rank: int) -> None:
+    adapted = adapt(load(base), new_world(2), new_world(1), tmp_path / "out", recipe="debug", lora_rank=rank)
+    by_hand = load(base)
+    for name in ("transformer", "transformer-own-history"):
+        by_hand.transformer.load_lora_adapter(
+            tmp_path / "out" / f"{name}-lora",
+            prefix=None,
+            weight_name="pytorch_lora_weights.safetensors",
+            use_safetensors=True,
+        )
+        by_hand.transformer.fuse_lora()
+        by_hand.transformer.unload_lora()
+    by_hand.vae, by_hand.proprioception = adapted.vae, adapted.proprioception
+    assert_same_weights(adapted, by_hand, atol=1e-6)
+    start, proprio, actions = new_world(2).frames[:2], torch.zeros(2, 8), torch.ones(2, 8, 7)
+    videos = [
+        pipeline.replay(start, proprio, actions, ["square_world"] * 2, torch.Generator().manual_seed(0))[0].float()
+        for pipeline in (adapted, by_hand, load(tmp_path / "out" / "pipeline"), load(base))
+    ]
+    assert torch.equal(videos[0], videos[2])
+    assert (videos[0] - videos[1]).abs().max() <= 1
+    assert (videos[0] - videos[3]).abs().max() > 1
+
+
+def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = new_world(2)
+    run = partial(adapt, load(base), out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug'\]"):
+        run(arrays, arrays, recipe="huge")
+    coarse = replace(arrays, actions=arrays.actions[:, :2])
+    with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the new episodes have \(2, 7\)"):
+        run(coarse, coarse, recipe="debug")
+    with pytest.raises(ValueError, match="lora_rank must be at least 1, got 0"):
+        run(arrays, arrays, recipe="debug", lora_rank=0)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"prophet-gym\[lora\]"):
+        run(arrays, arrays, recipe="debug", lora_rank=4)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command_adapts_to_recorded_episodes(base: Path, tmp_path: Path) -> None:
+    writer = LeRobotWriter(tmp_path / "data", fps=5, frame_stride=4, camera=CAMERA, image_size=96)
+    arrays = new_world(5)
+    for index, start in enumerate(arrays.starts.tolist()):
+        rows, split = slice(start, start + 9), "train" if index < 4 else "val"
+        episode = Episode(
+            frames=arrays.frames[rows].numpy(),
+            proprio=arrays.proprio[rows].numpy(),
+            actions=arrays.actions[rows].numpy()[:-1],
+            success=np.zeros(9, np.bool_),
+            instruction="push the square",
+            suite="square_world",
+            task=0,
+            init_state=SPLITS[split][0],
+            split=split,
+            kind="clean",
+            robot="panda",
+            seed=index,
+        )
+        writer.write_episode(index, episode)
+    writer.finalize()
+    arguments = [str(base), str(tmp_path / "data"), "--episodes", "2", "--recipe", "debug", "--out"]
+    main(["adapt", *arguments, str(tmp_path / "out")])
+    saved = load(tmp_path / "out" / "pipeline")
+    assert saved.config.cameras["square_world"] == [[100.0, 0, 48, 0], [0, 100, 48, 0], [0, 0, 1, 0]]
+    assert not torch.equal(saved.transformer.video_out.weight, load(base).transformer.video_out.weight)
