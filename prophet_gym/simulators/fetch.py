@@ -60,7 +60,8 @@ class FetchSimulation:
         name = list(TASKS)[task]
         self.suite, self.task, self.image_size, self.instruction = suite, task, image_size, TASKS[name]
         gym.register_envs(gymnasium_robotics)
-        self._env: Any = gym.make(name).unwrapped
+        env: Any = gym.make(name)
+        self._env = env.unwrapped
         self._env.n_substeps = SUBSTEPS
         self._model, self._data = self._env.model, self._env.data
         aim_camera(self._model, CAMERA, CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY)
