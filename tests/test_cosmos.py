@@ -139,7 +139,7 @@ def test_one_step_of_every_stage_then_a_rollout(
     assert type(loaded.vae) is ProphetCosmosAutoencoder and type(loaded.transformer) is ProphetCosmosTransformer3DModel
 
     frames = []
-    for world_model in (pipeline, loaded):
+    for world_model in (pipeline, tmp_path / "adapt" / "pipeline"):
         envs = ProphetVectorEnv(
             num_envs=2, world_model=world_model, reward_model=FakeRewardModel(2.0), start_states=starts,
         )  # fmt: skip
