@@ -18,7 +18,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
         "decoder": {"steps": 500, "batch_size": 32, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
-        "decoder-own-history": {"steps": 500, "batch_size": 32, "learning_rate": 3e-4},
     },
     # Seconds, for tests.
     "debug": {
@@ -26,7 +25,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 20, "batch_size": 4, "learning_rate": 3e-3},
         "decoder": {"steps": 20, "batch_size": 4, "learning_rate": 3e-3},
         "transformer-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
-        "decoder-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
     },
 }
 """Steps of the stages of `prophet_gym.world_model.training.PRESETS`, less the autoencoder."""

@@ -1,5 +1,5 @@
 """Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, the decoder on what the
-transformer imagines, and both again on their own history; each stage can be resumed."""
+transformer imagines, and the transformer again on its own history; each stage can be resumed."""
 
 import os
 from collections.abc import Sequence
@@ -39,8 +39,9 @@ from prophet_gym.world_model.pipeline import (
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
-STAGES = ("transformer", "decoder", "transformer-own-history", "decoder-own-history")
-"""After the autoencoder. The second half is against drift: both learn again, from what the first half imagines."""
+STAGES = ("transformer", "decoder", "transformer-own-history")
+"""After the autoencoder. The last one is against drift: the history is what the first two imagine. The decoder must not
+follow once more: the transformer has learned to go on from this one's frames (measured: 0.3 dB lost)."""
 
 IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
@@ -53,7 +54,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
-        "decoder-own-history": {"steps": 2500, "batch_size": 32, "learning_rate": 7e-4},
         "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
     },
     # About 100 million weights, for one GPU.
@@ -63,7 +63,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 40_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
         "decoder": {"steps": 10_000, "batch_size": 64, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 1000},
-        "decoder-own-history": {"steps": 10_000, "batch_size": 64, "learning_rate": 2e-4},
         "models": {
             "autoencoder": {
                 "block_channels": (64, 128, 256),
@@ -98,7 +97,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_decay": 0.1,
             "warmup_steps": 1000,
         },
-        "decoder-own-history": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
         "models": {"proprioception": {"hidden_dim": 384}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
@@ -108,7 +106,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "decoder": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
-        "decoder-own-history": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
         "models": {
             "autoencoder": {
                 "latent_channels": 4,
