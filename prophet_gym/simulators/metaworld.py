@@ -39,7 +39,6 @@ TASKS = {
     "box-close-v3": "put the lid on the box",
     "reach-wall-v3": "move the hand over the wall to the red dot",
     "button-press-topdown-wall-v3": "press the button behind the wall from above",
-    "plate-slide-back-v3": "slide the plate out of the cabinet",
     "door-lock-v3": "lock the door",
 }
 """Meta-World's name and the instruction of each task that is recorded."""
