@@ -6,7 +6,7 @@ import pytest
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.simulators import fetch, metaworld
 from prophet_gym.simulators.recording import record
-from prophet_gym.simulators.suites import CONTROL_STEPS, SUITES
+from prophet_gym.simulators.suites import SUITES
 
 PACKAGES = {"metaworld": "metaworld", "fetch": "gymnasium_robotics"}
 ONE_TASK_EACH = [
@@ -129,7 +129,7 @@ def test_the_script_succeeds_and_stands_successful_at_the_end(simulation):
         simulation.reset(init_state)
         assert not simulation.is_success()
         script = simulation.script()
-        for _ in range(CONTROL_STEPS):
+        for _ in range(SUITES[simulation.suite].control_steps):
             simulation.step(script.act().astype(float))
         outcomes.append(simulation.is_success())
     assert all(outcomes)

@@ -28,6 +28,7 @@ TASKS = {
     "FetchPickAndPlace-v4": "pick up the black cube and bring it to the red ball",
 }
 """gymnasium-robotics' id and the instruction of each task that is recorded."""
+CONTROL_STEPS = 160  # an episode
 SUBSTEPS = 25  # of 2 ms
 SPEED = 0.25  # of gymnasium-robotics' fastest motion
 CAMERA = "external_camera_0"

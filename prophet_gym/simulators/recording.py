@@ -1,8 +1,9 @@
 """Record data sets in the real simulators: scripted successes, honest failures and counterfactuals, or rollouts of a
 policy.
 
-Every episode lasts exactly 160 control steps (41 frames at 5 Hz) whatever happens in it, and a script's actions never
-depend on whether the object was grasped: else a judge could read the outcome off the actions.
+All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 96 and 25 in Meta-World) whatever
+happens in them, and a script's actions never depend on whether the object was grasped: else a judge could read the
+outcome off the actions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prophet_gym.data.episode import Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import LeRobotWriter
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
-from prophet_gym.simulators.suites import CONTROL_STEPS, FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation
+from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
@@ -148,7 +149,9 @@ def record_episode(simulation: Simulation, plan: EpisodePlan, policy: Policy | N
     suite = SUITES[simulation.suite]
     rng = np.random.default_rng([plan.seed, 1])
     replayed = plan.recipe in COUNTERFACTUALS
-    actions = _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((CONTROL_STEPS, 7), np.float32)
+    actions = (
+        _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((suite.control_steps, 7), np.float32)
+    )
     _begin(simulation, plan.init_state, plan.jitter, rng)
     expert = suite.expert(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
     noise_rng = np.random.default_rng([plan.seed, 2])
@@ -156,7 +159,7 @@ def record_episode(simulation: Simulation, plan: EpisodePlan, policy: Policy | N
     if plan.recipe == "policy" and policy is None:
         raise ValueError("The plan's recipe is 'policy': pass the policy that acts.")
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
-    for step in range(CONTROL_STEPS):
+    for step in range(suite.control_steps):
         if expert is not None:
             actions[step] = expert.act()
         elif policy is not None and step % CHUNK_SIZE == 0:
@@ -201,8 +204,8 @@ def _clean_actions_elsewhere(
         others = [state for state in suite.starts[plan.split] if state != plan.init_state]
         _begin(simulation, int(rng.choice(others)), suite.jitter_share > 0, rng)
     expert = suite.expert(simulation, NOISE_RECIPES["clean"], rng)
-    actions = np.zeros((CONTROL_STEPS, 7), np.float32)
-    for step in range(CONTROL_STEPS):
+    actions = np.zeros((suite.control_steps, 7), np.float32)
+    for step in range(suite.control_steps):
         actions[step] = expert.act()
         simulation.step(actions[step].astype(np.float64))
     return actions

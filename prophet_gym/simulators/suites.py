@@ -16,7 +16,6 @@ from prophet_gym.simulators import fetch, libero, metaworld
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.rehearsal import Expert, disturbed
 
-CONTROL_STEPS = 160
 FRAME_STRIDE = 4
 FPS = 5
 IMAGE_SIZE = 96
@@ -91,6 +90,7 @@ class Suite:
         expert: makes the scripted expert of (simulation at its start, recipe, random stream).
         starts: the initial states of each split; seeds, but for LIBERO.
         counterfactuals: where a counterfactual episode's actions come from, see ``recording.COUNTERFACTUALS``.
+        control_steps: length of every episode, a multiple of 8.
         jitter_share: share of training episodes whose start is displaced, because the suite's own hardly differ.
     """
 
@@ -101,10 +101,10 @@ class Suite:
     expert: Callable[[Any, NoiseRecipe, np.random.Generator], Expert]
     starts: Mapping[str, Sequence[int]]
     counterfactuals: tuple[str, ...]
+    control_steps: int
     jitter_share: float
 
 
-_rehearsed = partial(disturbed, steps=CONTROL_STEPS)
 SUITES = {
     suite: Suite(
         robot=PANDA,
@@ -114,6 +114,7 @@ SUITES = {
         expert=PickAndPlace,
         starts=SPLITS,
         counterfactuals=("shifted", "elsewhere"),
+        control_steps=160,
         jitter_share=0.5,
     )
     for suite, tasks in EXPERT_TASKS.items()
@@ -123,9 +124,10 @@ SUITES = {
         tasks=tuple(range(len(metaworld.TASKS))),
         noise_shares=NOISE_SHARES["metaworld"],
         load=metaworld.MetaWorldSimulation,
-        expert=_rehearsed,
+        expert=partial(disturbed, steps=metaworld.CONTROL_STEPS),
         starts=SEED_SPLITS,
         counterfactuals=("elsewhere",),
+        control_steps=metaworld.CONTROL_STEPS,
         jitter_share=0.0,
     ),
     "fetch": Suite(
@@ -133,9 +135,10 @@ SUITES = {
         tasks=tuple(range(len(fetch.TASKS))),
         noise_shares=NOISE_SHARES["fetch"],
         load=fetch.FetchSimulation,
-        expert=_rehearsed,
+        expert=partial(disturbed, steps=fetch.CONTROL_STEPS),
         starts=SEED_SPLITS,
         counterfactuals=("elsewhere",),
+        control_steps=fetch.CONTROL_STEPS,
         jitter_share=0.0,
     ),
 }
