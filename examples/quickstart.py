@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--suite", default="libero_object", help="libero_object or libero_spatial")
     parser.add_argument("--policy", default=str(WEIGHTS / "flow-policy-libero"))
     parser.add_argument("--num-envs", type=int, default=64, help="groups of 8 share a start")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument(
         "--repeats", type=int, default=2, help="evaluation episodes of each of the 50 validation starts"
     )

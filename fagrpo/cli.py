@@ -220,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--group-size", type=int, default=8)
     learn.add_argument("--batch-size", type=int, default=256)
     learn.add_argument("--epochs", type=int, default=2)
-    learn.add_argument("--learning-rate", type=float, default=5e-5)
+    learn.add_argument("--learning-rate", type=float, default=1e-5)
     learn.add_argument("--ratio", choices=RATIOS, default="chunk")
     learn.add_argument("--flow-scale", choices=FLOW_SCALES, default="paper")
     learn.add_argument("--flow-scale-placement", choices=PLACEMENTS, default="advantage")
