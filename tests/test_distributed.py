@@ -6,11 +6,12 @@ The fixture starts this file as a script, twice, with torchrun.
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from test_world_model import episodes
@@ -106,12 +107,21 @@ def equal(one: Weights, other: Weights) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.fixture
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps the precision that a process began with: other tests may have begun with another one."""
+    monkeypatch.setattr(prophet_gym.training, "best_precision", lambda device: "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_precision")
 def test_a_step_follows_the_mean_gradient_of_both_batches(
-    of_model: Callable[[str, int], Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    of_model: Callable[[str, int], Weights], tmp_path: Path
 ) -> None:
     """The second process starts from other weights: those of the first count."""
-    monkeypatch.setattr(prophet_gym.training, "best_precision", lambda device: "no")
 
     def single(batches: range) -> Weights:
         vae = autoencoder(seed=0)

@@ -232,6 +232,7 @@ def test_history_keeps_the_first_frame_and_the_latest() -> None:
     assert advance_history(later, torch.tensor([5.0]).reshape(1, 1, 1, 1, 1)).flatten().tolist() == [0.0, 4.0, 5.0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 255))
 def test_frames_and_pixels_are_inverse(level: int) -> None:
     frames = torch.full((1, 8, 8, 3), level, dtype=torch.uint8)
