@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +146,7 @@ class ClipIndices:
 class ClipSampler(Iterator[ClipIndices]):
     """Draws windows for ever, with replacement over all frames that have ``horizon`` frames after them.
 
-    Everything random comes from ``generator``: a sampler restored by :meth:`load_state_dict` continues exactly::
+    Everything random comes from ``generator``::
 
         sampler = ClipSampler(arrays, history=4, horizon=2, batch_size=32, generator=torch.Generator().manual_seed(0))
         clip = next(sampler)
@@ -198,11 +197,3 @@ class ClipSampler(Iterator[ClipIndices]):
         first_rows = self._starts[episodes]
         rows = (present[:, None] + self._offsets).maximum(first_rows[:, None])  # (B, history + horizon)
         return ClipIndices(rows=rows, first_rows=first_rows, episodes=episodes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The generator's state; the episodes and sizes are not part of it."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
-        self.generator.set_state(state["generator"])
