@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -61,8 +61,7 @@ class FetchSimulation:
         name = list(TASKS)[task]
         self.suite, self.task, self.image_size, self.instruction = suite, task, image_size, TASKS[name]
         gym.register_envs(gymnasium_robotics)
-        env: Any = gym.make(name)
-        self._env = env.unwrapped
+        self._env = cast(Any, gym.make(name).unwrapped)
         self._env.n_substeps = SUBSTEPS
         self._model, self._data = self._env.model, self._env.data
         aim_camera(self._model, CAMERA, CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY)
