@@ -146,7 +146,8 @@ def test_one_step_of_every_stage_then_a_rollout(
         envs.reset(seed=0)
         frames += [envs.step(np.full((2, 8, 7), 0.5, np.float32))[0]["image"] for _ in range(2)]
     assert frames[0].shape == (2, 96, 96, 3)
-    assert np.array_equal(frames[0], frames[2]) and np.array_equal(frames[1], frames[3])
+    # What is loaded by path is laid out for speed, and sums in another order.
+    assert all(np.abs(frames[k].astype(int) - frames[k + 2]).max() <= 1 for k in range(2))
     assert not np.array_equal(frames[0], frames[1])
 
 
