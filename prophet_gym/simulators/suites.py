@@ -105,6 +105,12 @@ class Suite:
     jitter_share: float
 
 
+_SEEDED: tuple[tuple[str, Robot, int, Callable[[str, int, int], Simulation], int], ...] = (
+    ("metaworld", SAWYER, len(metaworld.TASKS), metaworld.MetaWorldSimulation, metaworld.CONTROL_STEPS),
+    ("fetch", FETCH, len(fetch.TASKS), fetch.FetchSimulation, fetch.CONTROL_STEPS),
+)
+"""Suites that draw their starts from seeds: name, robot, number of tasks, simulation, control steps of an episode."""
+
 SUITES = {
     suite: Suite(
         robot=PANDA,
@@ -119,26 +125,16 @@ SUITES = {
     )
     for suite, tasks in EXPERT_TASKS.items()
 } | {
-    "metaworld": Suite(
-        robot=SAWYER,
-        tasks=tuple(range(len(metaworld.TASKS))),
-        noise_shares=NOISE_SHARES["metaworld"],
-        load=metaworld.MetaWorldSimulation,
-        expert=partial(disturbed, steps=metaworld.CONTROL_STEPS),
+    suite: Suite(
+        robot=robot,
+        tasks=tuple(range(tasks)),
+        noise_shares=NOISE_SHARES[suite],
+        load=load,
+        expert=partial(disturbed, steps=control_steps),
         starts=SEED_SPLITS,
         counterfactuals=("elsewhere",),
-        control_steps=metaworld.CONTROL_STEPS,
+        control_steps=control_steps,
         jitter_share=0.0,
-    ),
-    "fetch": Suite(
-        robot=FETCH,
-        tasks=tuple(range(len(fetch.TASKS))),
-        noise_shares=NOISE_SHARES["fetch"],
-        load=fetch.FetchSimulation,
-        expert=partial(disturbed, steps=fetch.CONTROL_STEPS),
-        starts=SEED_SPLITS,
-        counterfactuals=("elsewhere",),
-        control_steps=fetch.CONTROL_STEPS,
-        jitter_share=0.0,
-    ),
+    )
+    for suite, robot, tasks, load, control_steps in _SEEDED
 }

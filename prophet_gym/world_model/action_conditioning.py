@@ -133,6 +133,22 @@ def image_motion(before: torch.Tensor, after: torch.Tensor, projection: torch.Te
     return torch.where(known, motion, motion.new_tensor([0.0, 0.0, 1.0]))
 
 
+def carried_motion(
+    present: torch.Tensor, positions: torch.Tensor, holds: torch.Tensor, projection: torch.Tensor
+) -> torch.Tensor:
+    """How the two carried frames move: the latest one with the hand, the first one with what it holds or held last.
+
+    Args:
+        present: float32 (B, 1, 3), the end-effector now, m, world. positions: (B, F, 3), at each frame to come.
+        holds: float32 (B, F, 7), see `init_hold`, at each frame to come. projection: float32 (B, 3, 4).
+
+    Returns:
+        float32 (B, F, 2, 3), see `image_motion`.
+    """
+    hand = image_motion(present.expand_as(positions), positions, projection)
+    return torch.stack([hand, image_motion(holds[..., :3], holds[..., 3:6], projection)], dim=2)
+
+
 def carry(images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     """Move images as a hand moves what it holds.
 

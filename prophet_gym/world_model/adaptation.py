@@ -4,12 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
-from prophet_gym.world_model.training import encode_frames, fit_proprioception, fit_video, save_pipeline
+from prophet_gym.world_model.training import (
+    encode_frames,
+    finished_pipeline,
+    fit_proprioception,
+    fit_video,
+    save_pipeline,
+)
 
 RECIPES: dict[str, dict[str, Any]] = {
     # About a fifth of the steps of the preset "tiny", at a third of its learning rates.
@@ -79,12 +83,8 @@ def adapt(
     for name, shape in expected.items():
         if (got := tuple(getattr(train_arrays, name).shape[1:])) != shape:
             raise ValueError(f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}.")
-    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
-    finished = (out / "pipeline").exists()
-    processes.wait_for_everyone()  # before the first process can make it exist
-    if finished:
-        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
-    out.mkdir(parents=True, exist_ok=True)
+    if (finished := finished_pipeline(out, device)) is not None:
+        return finished
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     stages = RECIPES[recipe]

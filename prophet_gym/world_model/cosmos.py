@@ -6,7 +6,7 @@ import os
 
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 
 # Not used here: `DiffusionPipeline.from_pretrained` looks the loading interface up in the module that holds the class.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
-from prophet_gym.world_model.transformer import NoText, NoTextNorm
+from prophet_gym.world_model.transformer import per_token, prepare_cosmos
 
 _GIVEN_SIGMA = 1e-4 / (1 + 1e-4)
 """Noise level that diffusers' `Cosmos2VideoToWorldPipeline` tells the transformer of frames that are given."""
@@ -78,13 +78,9 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
             concat_padding_mask=True,
             extra_pos_embed_type=None,
         )
-        # The base class registers its own arguments too; what is saved must be what this constructor takes.
-        own = inspect.signature(type(self).__init__).parameters
-        self._internal_dict = FrozenDict({key: value for key, value in self.config.items() if key in own})
+        prepare_cosmos(self)
 
         hidden_dim = num_attention_heads * attention_head_dim
-        for block in self.transformer_blocks:
-            block.attn2, block.norm2 = NoText(), NoTextNorm()
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
         # History, two carried frames, and an action frame, which has four times the latents' resolution.
         condition_channels = latent_channels * (history_frames + 2) + 3 * 16
@@ -160,10 +156,9 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         temb, embedded_timestep = self.time_embed(sample, levels.flatten())  # (B (1 + F), 3 D), (B (1 + F), D)
         grid = tokens.shape[1:4]
         temb, embedded_timestep = (
-            (value.unflatten(0, (batch, 1 + frames)) + offset)[:, :, None].expand(-1, -1, grid[1] * grid[2], -1)
+            per_token(value.unflatten(0, (batch, 1 + frames)) + offset, grid)  # (B, (1 + F) h' w', ...)
             for value, offset in ((temb, adaln_offset), (embedded_timestep, timestep_offset))
         )
-        temb, embedded_timestep = temb.flatten(1, 2), embedded_timestep.flatten(1, 2)  # (B, (1 + F) h' w', ...)
 
         image_rotary_emb = self.rope(video.transpose(1, 2), fps=self.config.fps)
         hidden_states = tokens.flatten(1, 3)  # (B, (1 + F) h' w', D)

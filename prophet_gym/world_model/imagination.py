@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.training import best_precision
-from prophet_gym.world_model.action_conditioning import HOLD_DIM, image_motion, init_hold, update_hold
+from prophet_gym.world_model.action_conditioning import HOLD_DIM, carried_motion, init_hold, update_hold
 from prophet_gym.world_model.pipeline import ProphetPipeline
 
 
@@ -91,6 +91,5 @@ def hand_motions(
     arrays: EpisodeArrays, holds: torch.Tensor, latest: torch.Tensor, rows: torch.Tensor, projection: torch.Tensor
 ) -> torch.Tensor:
     """`ChunkCondition.motion` of one frame per episode, rows (N,), after the frames `latest` (N,): (N, 2, 3)."""
-    before = torch.stack([arrays.proprio[latest, :3], holds[rows, :3]], dim=1)
-    after = torch.stack([arrays.proprio[rows, :3], holds[rows, 3:6]], dim=1)
-    return image_motion(before, after, projection)
+    positions = arrays.proprio[:, None, :3]
+    return carried_motion(positions[latest], positions[rows], holds[rows, None], projection)[:, 0]

@@ -12,9 +12,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from prophet_gym.world_model.action_conditioning import (
     HOLD_DIM,
+    carried_motion,
     carry,
     draw_action_frames,
-    image_motion,
     init_hold,
     update_hold,
 )
@@ -327,15 +327,10 @@ class ProphetPipeline(DiffusionPipeline):
             holds: float32 (B, F, 7), see `init_hold`, at each frame.
             actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4).
         """
-        before = poses[:, :1, :3].expand(-1, holds.shape[1], -1)
-        motion = [
-            image_motion(before, poses[:, 1:, :3], projection),
-            image_motion(holds[..., :3], holds[..., 3:6], projection),
-        ]
         return ChunkCondition(
             scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions),
             action_frames=draw_action_frames(poses, projection, self.image_size),
-            motion=torch.stack(motion, dim=2),
+            motion=carried_motion(poses[:, :1, :3], poses[:, 1:, :3], holds, projection),
         )
 
     def generate(

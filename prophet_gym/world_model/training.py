@@ -538,12 +538,8 @@ def train(
             'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
             f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
         )
-    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
-    finished = (out / "pipeline").exists()
-    processes.wait_for_everyone()  # before the first process can make it exist
-    if finished:
-        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
-    out.mkdir(parents=True, exist_ok=True)
+    if (finished := finished_pipeline(out, device)) is not None:
+        return finished
     stride = train_arrays.actions.shape[1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -582,6 +578,17 @@ def train(
     fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
     save_pipeline(pipeline, out)
     return pipeline
+
+
+def finished_pipeline(out: Path, device: str) -> ProphetPipeline | None:
+    """What an earlier run wrote to `out / pipeline`, on `device`; if nothing, `out` is made for this run."""
+    processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
+    finished = (out / "pipeline").exists()
+    processes.wait_for_everyone()  # before the first process can make it exist
+    if finished:
+        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    return None
 
 
 def fit_proprioception(

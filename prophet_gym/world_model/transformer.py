@@ -19,7 +19,7 @@ _KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]], [[0.0]]]
 still."""
 
 
-class NoText(nn.Module):
+class _NoText(nn.Module):
     """Stands for a block's text branch (norm and cross-attention).
 
     Prophet's text embedding is all zeros (paper), and the cross-attention has no biases, so its output is exactly zero:
@@ -30,12 +30,28 @@ class NoText(nn.Module):
         return hidden_states.new_zeros(1)
 
 
-class NoTextNorm(nn.Module):
-    """Stands for the norm of a text branch that is left out, see `NoText`: no shift, and a gate that is shut."""
+class _NoTextNorm(nn.Module):
+    """Stands for the norm of a text branch that is left out, see `_NoText`: no shift, and a gate that is shut."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         zero = hidden_states.new_zeros(1)
         return zero, zero
+
+
+def prepare_cosmos(transformer: CosmosTransformer3DModel) -> None:
+    """What a subclass does once the base class is built: leave the text out, and keep a config of its own.
+
+    The base class registers its own arguments too; what is saved must be what the subclass's constructor takes.
+    """
+    own = inspect.signature(type(transformer).__init__).parameters
+    transformer._internal_dict = FrozenDict({key: value for key, value in transformer.config.items() if key in own})
+    for block in transformer.transformer_blocks:
+        block.attn2, block.norm2 = _NoText(), _NoTextNorm()
+
+
+def per_token(embedding: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """Repeat per-frame embeddings (B, F, D) for every token of the frame: (B, F h' w', D)."""
+    return embedding[:, :, None].expand(-1, -1, grid[1] * grid[2], -1).flatten(1, 2)
 
 
 class ConditionedBlock(nn.Module):
@@ -115,13 +131,9 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             concat_padding_mask=False,
             extra_pos_embed_type="learnable",
         )
-        # The base class registers its own arguments too; what is saved must be what this constructor takes.
-        own = inspect.signature(type(self).__init__).parameters
-        self._internal_dict = FrozenDict({key: value for key, value in self.config.items() if key in own})
+        prepare_cosmos(self)
 
         hidden_dim = num_attention_heads * attention_head_dim
-        for block in self.transformer_blocks:
-            block.attn2, block.norm2 = NoText(), NoTextNorm()
         # Rotary embeddings are relative, and a fixed camera makes absolute position matter. Not from zero, where the
         # normalised embedding has no direction.
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
@@ -187,7 +199,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         hidden_states = self.patch_embed(tokens)  # (B, F, h', w', D)
         grid = hidden_states.shape[1:4]
         hidden_states = hidden_states.flatten(1, 3)  # (B, F h' w', D)
-        embedded_timestep, temb = self._per_token(embedded_timestep, grid), self._per_token(temb, grid)
+        embedded_timestep, temb = per_token(embedded_timestep, grid), per_token(temb, grid)
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, None, embedded_timestep, temb, image_rotary_emb, position)
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
@@ -204,8 +216,3 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         latest, first, follow = choice[:, :, :1], choice[:, :, 1:2], choice[:, :, 2:, None]
         clean = latest * history[:, -1:] + first * history[:, :1] + (follow * carried).sum(dim=2) + residual
         return (sample - clean) / sigma[:, None, None, None, None]
-
-    @staticmethod
-    def _per_token(embedding: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-        """Repeat per-frame embeddings (B, F, D) for every token of the frame: (B, F h' w', D)."""
-        return embedding[:, :, None].expand(-1, -1, grid[1] * grid[2], -1).flatten(1, 2)
