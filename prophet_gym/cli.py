@@ -24,6 +24,7 @@ def _record(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         workers=arguments.workers,
         policy=policy,
+        split=arguments.split,
     )
 
 
@@ -123,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
     record.add_argument(
         "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
+    )
+    record.add_argument(
+        "--split", default=None, choices=("train", "val", "test"), help="of all episodes; otherwise 80, 10 and 10%%"
     )
     record.set_defaults(run=_record)
 

@@ -52,10 +52,9 @@ def digests(folder: Path) -> dict[str, str]:
 @torch.no_grad()
 def losses(pipeline: ProphetPipeline) -> dict[str, float]:
     arrays = new_world(4)
-    cameras = pipeline.projection(["square_world"] * 4)
     latents = encode_frames(pipeline.vae, arrays.frames)
     every = {
-        "proprioception": proprioception_loss(pipeline.proprioception, arrays, cameras, 16),
+        "proprioception": proprioception_loss(pipeline, arrays, 16),
         "transformer": transformer_loss(pipeline, arrays, latents, batch_size=8, steps=10**9),
     }
     return {

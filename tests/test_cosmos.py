@@ -44,7 +44,7 @@ def transformer_inputs() -> dict[str, torch.Tensor]:
     shapes = {
         "sample": (2, 2, 4, 12, 12),
         "history": (2, 3, 4, 12, 12),
-        "condition": (2, 2, 44),
+        "condition": (2, 2, 52),
         "action_frames": (2, 3, 3, 48, 48),
         "carried": (2, 2, 2, 4, 12, 12),
     }

@@ -42,9 +42,9 @@ def one_step(vae: ProphetAutoencoder, loss_fn: LossFn, out: Path) -> ProphetAuto
 
 
 def twelve_steps(out: Path, stop_at: int | None) -> ProprioceptionModel:
-    torch.manual_seed(0)  # of the weights, and of the dropout
-    model = ProprioceptionModel(hidden_dim=8)
-    loss_fn = proprioception_loss(model, episodes(4), torch.zeros(4, 3, 4), 8)
+    pipeline = ProphetPipeline.tiny_random()
+    torch.manual_seed(0)  # of the dropout
+    model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, episodes(4), 8)
 
     def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         if step == stop_at:

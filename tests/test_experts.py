@@ -216,6 +216,8 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     assert Counter(plan.task for plan in plans) == dict.fromkeys(range(10), 100)
     assert {plan.kind for plan in plans if plan.split == "val"} == {"clean", "noisy", "counterfactual"}
     assert len({plan.seed for plan in plans}) == 1000
+    tests = plan_episodes("libero_object", 50, seed=0, split="test")
+    assert {plan.split for plan in tests} == {"test"} and {plan.init_state for plan in tests} <= set(SPLITS["test"])
     goal = plan_episodes("libero_goal", 120, seed=0)
     assert Counter(plan.task for plan in goal) == dict.fromkeys(EXPERT_TASKS["libero_goal"], 20)
     assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}

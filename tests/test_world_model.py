@@ -1,6 +1,7 @@
 """The world model: shapes, conditioning, streams of randomness, saving, and a short training that resumes exactly."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,13 @@ from prophet_gym.world_model.action_conditioning import (
     update_hold,
 )
 from prophet_gym.world_model.imagination import imagine_episodes, track_holds
-from prophet_gym.world_model.pipeline import advance_history, frame_condition, frames_to_pixels, pixels_to_frames
+from prophet_gym.world_model.pipeline import (
+    ImaginedChunk,
+    advance_history,
+    frame_condition,
+    frames_to_pixels,
+    pixels_to_frames,
+)
 from prophet_gym.world_model.training import (
     _Window,
     autoencoder_loss,
@@ -37,6 +44,7 @@ from prophet_gym.world_model.training import (
     decoder_loss,
     imagine_training_episodes,
     proprioception_loss,
+    set_robots,
     train,
     transformer_loss,
 )
@@ -196,7 +204,7 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "state": torch.zeros(2, 39),
+        "state": torch.zeros(2, 47),
         "actions": torch.zeros(2, 8, 7),
         "images": torch.zeros(2, 2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
@@ -257,7 +265,7 @@ def transformer_inputs(sigma: torch.Tensor) -> dict[str, torch.Tensor]:
         "sample": torch.randn(2, 2, 4, 12, 12),
         "sigma": sigma,
         "history": history,
-        "condition": torch.randn(2, 2, 44),
+        "condition": torch.randn(2, 2, 52),
         "action_frames": torch.rand(2, 3, 3, 48, 48),
         "carried": history[:, None, :2].expand(-1, 2, -1, -1, -1, -1),
     }
@@ -305,11 +313,62 @@ def test_imagined_episodes_keep_everything_but_the_frames(pipeline: ProphetPipel
     assert len(both.records) == len(both.lengths) == 8
 
 
-def test_frame_condition_puts_actions_first() -> None:
-    model = ProprioceptionModel()
-    condition = frame_condition(model, torch.zeros(2, 3, 8), torch.ones(2, 3, 8), torch.full((2, 3, 4, 7), 0.5))
-    assert condition.shape == (2, 3, 44)
-    assert torch.equal(condition[0, 0].unique(), torch.tensor([0.0, 0.5, 1.0]))
+def test_frame_condition_is_masked_and_standardised_for_each_robot() -> None:
+    model = ProprioceptionModel(robots=3)
+    model.proprio_mean[2], model.proprio_std[2], model.action_mask[2, 3:6] = 1.0, 0.5, 0.0
+    actions = torch.full((2, 3, 4, 7), 0.5)
+    condition = frame_condition(model, torch.zeros(2, 3, 8), torch.ones(2, 3, 8), actions, torch.tensor([0, 2]))
+    assert condition.shape == (2, 3, 4 * 7 + 2 * 8 + 3)
+    moves, before, after, which = condition.split([28, 8, 8, 3], dim=-1)
+    assert moves[0].unique().tolist() == [0.5]
+    assert moves[1, 0].view(4, 7)[2].tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.5]
+    assert [part[:, 0, 0].tolist() for part in (before, after)] == [[0.0, -2.0], [1.0, 0.0]]
+    assert which[:, 1].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def test_robots_take_slots_with_their_statistics() -> None:
+    """What is known of a robot stays; a new one takes the next slot; there are only so many."""
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(6)
+    arrays.actions[:, :, 5] = 0.0
+    elsewhere = tuple(replace(record, suite="elsewhere") for record in arrays.records)
+    set_robots(pipeline, replace(arrays, records=elsewhere))
+    assert pipeline.config.robots == {"panda": ["libero_object", "elsewhere"]}
+    assert pipeline.proprioception.proprio_std[0].eq(1.0).all()  # known before
+
+    records = tuple(replace(record, robot="fetch", suite="fetch") for record in arrays.records[:3])
+    mixed = replace(arrays, records=records + arrays.records[3:])
+    set_robots(pipeline, mixed)
+    end = int(arrays.starts[3])
+    model, own = pipeline.proprioception, arrays.proprio[:end]
+    assert list(pipeline.config.robots) == ["panda", "fetch"]
+    assert pipeline.robot(["fetch", "libero_object", "unheard of"]).tolist() == [1, 0, 0]
+    torch.testing.assert_close(model.proprio_mean[1], own.mean(0))
+    inside = torch.ones(end, dtype=torch.bool)
+    inside[arrays.starts[1:4] - 1] = False
+    change = (arrays.proprio[1 : end + 1] - own)[inside]
+    torch.testing.assert_close(model.delta_std[1], change.std(0).clamp(min=0.001))
+    assert model.action_mask[1, 5] == 0 and model.action_mask[1, :2].eq(1).all()
+
+    crowd = [replace(record, robot=f"robot-{k}") for k, record in enumerate(arrays.records)]
+    with pytest.raises(ValueError, match="No slot is free for 'robot-1'"):
+        set_robots(ProphetPipeline.tiny_random(robots=2), replace(arrays, records=tuple(crowd)))
+
+
+def test_a_robot_does_not_feel_actions_that_it_does_not_obey() -> None:
+    pipeline = ProphetPipeline.tiny_random()
+    images, proprio, actions = inputs(1)
+    turned = actions.clone()
+    turned[:, :, 3:6] *= -1
+
+    def imagine(actions: torch.Tensor) -> ImaginedChunk:
+        history, state = pipeline.init_history(images), pipeline.init_state(proprio)
+        return pipeline.imagine(history, state, actions, twice(images), SUITES[:1], generators(1))
+
+    one, other = imagine(actions), imagine(turned)
+    assert not torch.equal(one.state, other.state) and not torch.equal(one.history, other.history)
+    pipeline.proprioception.action_mask[0, 3:6] = 0.0
+    one, other = imagine(actions), imagine(turned)
+    assert torch.equal(one.state, other.state) and torch.equal(one.history, other.history)
 
 
 def test_windows_contain_what_moves() -> None:
@@ -329,7 +388,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     """Each loss falls clearly on the world of the moving square."""
     arrays = episodes(16)
     vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
-    proprioception = ProprioceptionModel(hidden_dim=32)
+    proprioception = ProprioceptionModel(hidden_dim=32, width=32)
     proprioception.delta_std.fill_(0.1)
     transformer = ProphetTransformer3DModel(**TINY)
     whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
@@ -346,7 +405,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
         return loss() / before
 
     assert improvement(vae, autoencoder_loss(vae, arrays, cameras, 8), 60, 5e-3) < 0.6
-    assert improvement(proprioception, proprioception_loss(proprioception, arrays, cameras, 64), 150, 1e-2) < 0.5
+    assert improvement(proprioception, proprioception_loss(whole, arrays, 64), 150, 1e-2) < 0.5
     with torch.inference_mode():
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
     vae.encoder.requires_grad_(False)
@@ -367,9 +426,9 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     arrays = episodes(4)
 
     def run(out: Path, stop_at: int | None) -> ProprioceptionModel:
-        torch.manual_seed(0)
-        model = ProprioceptionModel(hidden_dim=8)
-        loss_fn = proprioception_loss(model, arrays, torch.zeros(4, 3, 4), 8)
+        pipeline = ProphetPipeline.tiny_random()
+        torch.manual_seed(0)  # of the dropout
+        model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, arrays, 8)
 
         def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
             if step == stop_at:
@@ -388,8 +447,8 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_training_leaves_out_a_batch_without_a_finite_gradient_and_gives_up_after_many(tmp_path: Path) -> None:
-    model = ProprioceptionModel(hidden_dim=8)
-    loss_fn = proprioception_loss(model, episodes(4), torch.zeros(4, 3, 4), 8)
+    pipeline = ProphetPipeline.tiny_random()
+    model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, episodes(4), 8)
 
     def overflowing(first: int, last: int) -> LossFn:
         def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:

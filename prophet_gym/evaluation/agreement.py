@@ -375,11 +375,12 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     """Prophet's state at every frame of an episode whose true proprioception it sees: float32 (count, length, S)."""
     index = arrays.starts[:count, None] + torch.arange(length)
     proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
-    projection = pipeline.projection([record.suite for record in arrays.records[:count]]).to(pipeline.device)
+    suites = [record.suite for record in arrays.records[:count]]
+    projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
     start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
     bodies = [pipeline.proprioception.init_state(proprio[:, 0])]
     for frame in range(1, length):
-        body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection)
+        body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection, robot)
         bodies.append(torch.cat([proprio[:, frame], body[:, proprio.shape[2] :]], dim=1))
     return torch.cat([torch.stack(bodies, dim=1), track_holds(arrays)[index].to(pipeline.device)], dim=2)
 

@@ -69,10 +69,12 @@ class EpisodePlan:
         return self.recipe if self.recipe in ("clean", "policy") else "noisy"
 
 
-def plan_episodes(suite: str, episodes: int, seed: int, policy: bool = False) -> list[EpisodePlan]:
+def plan_episodes(
+    suite: str, episodes: int, seed: int, policy: bool = False, split: str | None = None
+) -> list[EpisodePlan]:
     """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests.
 
-    With `policy`, a policy acts in all of them.
+    With `policy`, a policy acts in all of them; with `split`, all of them are of that split.
     """
     facts = SUITES[suite]
     shares, tasks = facts.noise_shares, facts.tasks
@@ -80,14 +82,14 @@ def plan_episodes(suite: str, episodes: int, seed: int, policy: bool = False) ->
     for index in range(episodes):
         episode_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         rng = np.random.default_rng([episode_seed, 0])
-        split = {8: "val", 9: "test"}.get(index // len(tasks) % 10, "train")
+        part = split or {8: "val", 9: "test"}.get(index // len(tasks) % 10, "train")
         recipe = str(rng.choice(list(shares), p=list(shares.values())))
         if rng.uniform() < COUNTERFACTUAL_SHARE:
             recipe = str(rng.choice(facts.counterfactuals))
         recipe = "policy" if policy else recipe
-        jitter = bool(split == "train" and rng.uniform() < facts.jitter_share and recipe != "shifted")
-        init_state = int(rng.choice(facts.starts[split]))
-        plans.append(EpisodePlan(index, tasks[index % len(tasks)], split, init_state, recipe, jitter, episode_seed))
+        jitter = bool(part == "train" and rng.uniform() < facts.jitter_share and recipe != "shifted")
+        init_state = int(rng.choice(facts.starts[part]))
+        plans.append(EpisodePlan(index, tasks[index % len(tasks)], part, init_state, recipe, jitter, episode_seed))
     return plans
 
 
@@ -98,6 +100,7 @@ def record(
     seed: int = 0,
     workers: int | None = None,
     policy: Policy | None = None,
+    split: str | None = None,
 ) -> Path:
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
@@ -108,22 +111,25 @@ def record(
         seed: seed of the whole recording.
         workers: processes; None is one per core. Each needs up to 2.5 GB with LIBERO, 0.5 GB with the others.
         policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
+        split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
 
     Returns:
         the folder of the finished data set.
 
     Raises:
-        ValueError: an unknown suite, or a count below 1.
+        ValueError: an unknown suite or split, or a count below 1.
         ImportError: the suite's simulator is not installed; names the extra that brings it.
     """
     if suite not in SUITES:
         raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
+    if split is not None and split not in SUITES[suite].starts:
+        raise ValueError(f"Unknown split {split!r}. Valid splits: {list(SUITES[suite].starts)}.")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    plans = plan_episodes(suite, episodes, seed, policy is not None)
+    plans = plan_episodes(suite, episodes, seed, policy is not None, split)
     spawn = get_context("spawn")
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)

@@ -22,7 +22,7 @@ class FrameActionEmbedding(nn.Module):
     acts on frame k. Both output layers start at zero: an untrained embedding leaves the transformer as it was.
 
     Args:
-        condition_dim: D_c, size of one frame's condition: frame_stride * action_dim + 2 * proprio_dim.
+        condition_dim: D_c, size of one frame's condition, see `frame_condition`.
         hidden_dim: D, width of the transformer.
     """
 

@@ -13,6 +13,7 @@ from prophet_gym.world_model.training import (
     fit_proprioception,
     fit_video,
     save_pipeline,
+    set_robots,
 )
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -48,8 +49,9 @@ def adapt(
 ) -> ProphetPipeline:
     """Go on training a pipeline on other episodes and save it to `out / pipeline`; run again after a kill to resume.
 
-    The stages are those of `train` without the autoencoder: the encoder and all statistics stay, for the transformer
-    knows their latents; proprioception, transformer and decoder learn. It may run in several processes, as `train` may.
+    The stages are those of `train` without the autoencoder: the encoder and the statistics of known robots stay, for
+    the transformer knows their latents; proprioception, transformer and decoder learn. A new robot takes a free slot.
+    It may run in several processes, as `train` may.
 
     Args:
         pipeline: what to begin from; changed in place. Its files stay as they are.
@@ -67,7 +69,7 @@ def adapt(
 
     Raises:
         ValueError: unknown recipe, lora_rank below 1, or episodes of another stride, size or robot state than the
-            pipeline's.
+            pipeline's, or of more robots than it has slots.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:
@@ -87,6 +89,7 @@ def adapt(
         return finished
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
+    set_robots(pipeline, train_arrays)
     stages = RECIPES[recipe]
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
     latents = encode_frames(pipeline.vae, train_arrays.frames)

@@ -36,7 +36,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         history_frames (`int`, defaults to `3`): history frames H: the episode's first frame, then the most recent ones.
-        condition_dim (`int`, defaults to `44`): size D_c of one frame's action condition.
+        condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
         fps (`int`, defaults to `16`): frames a second that the rotary embedding is told, the pretrained pipeline's
             default.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
@@ -52,7 +52,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         self,
         latent_channels: int = 16,
         history_frames: int = 3,
-        condition_dim: int = 44,
+        condition_dim: int = 52,
         fps: int = 16,
         num_attention_heads: int = 16,
         attention_head_dim: int = 128,
@@ -89,7 +89,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
 
     @classmethod
     def from_cosmos(
-        cls, path: str | os.PathLike[str], history_frames: int = 3, condition_dim: int = 44
+        cls, path: str | os.PathLike[str], history_frames: int = 3, condition_dim: int = 52
     ) -> "ProphetCosmosTransformer3DModel":
         """Begin from a pretrained video-to-world transformer, in the folder of its own `save_pretrained`.
 

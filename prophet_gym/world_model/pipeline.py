@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import (
     HOLD_DIM,
@@ -45,7 +46,7 @@ class ChunkCondition(BaseOutput):
     """What the commanded motion says about the frames of a chunk.
 
     Attributes:
-        scalars: float (B, F, D_c), actions and proprioception of each frame, see `frame_condition`.
+        scalars: float (B, F, D_c), actions and proprioception of each frame and the robot, see `frame_condition`.
         action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effector drawn at the present and at each frame.
         motion: float32 (B, F, 2, 3), see `image_motion`: of the hand from the present to each frame, and of what it
             holds, or held last, from where it was taken.
@@ -89,6 +90,8 @@ class ProphetPipeline(DiffusionPipeline):
             intrinsics times world-to-camera extrinsics, in pixels of the video: through it the estimated end-effector
             poses are drawn as action frames, what the hand carries is moved, and the proprioception looks around. In
             other suites action frames and crops are black, and nothing is carried.
+        robots (`dict[str, list[str]]`, *optional*): the suites of each robot, in the order of the slots of the
+            proprioception model. The robot of any other suite is taken for the first one.
 
     The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
@@ -107,6 +110,7 @@ class ProphetPipeline(DiffusionPipeline):
         control_hz: int = 20,
         num_inference_steps: int = 1,
         cameras: dict[str, list[list[float]]] | None = None,
+        robots: dict[str, list[str]] | None = None,
     ) -> None:
         super().__init__()
         if chunk_size % frame_stride:
@@ -119,16 +123,19 @@ class ProphetPipeline(DiffusionPipeline):
             control_hz=control_hz,
             num_inference_steps=num_inference_steps,
             cameras=cameras or {},
+            robots=robots or {},
         )
         self.set_progress_bar_config(disable=True)
 
     @classmethod
-    def tiny_random(cls, seed: int = 0) -> "ProphetPipeline":
-        """Build an untrained pipeline of the real classes in a very small configuration, for tests."""
+    def tiny_random(cls, seed: int = 0, robots: int = 8) -> "ProphetPipeline":
+        """Build an untrained pipeline of the real classes in a very small configuration with so many slots for robots,
+        for tests."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer = ProphetTransformer3DModel(
                 latent_channels=4,
+                condition_dim=44 + robots,
                 conv_channels=8,
                 conv_blocks=(1, 1),
                 num_attention_heads=2,
@@ -142,11 +149,12 @@ class ProphetPipeline(DiffusionPipeline):
             return cls(
                 vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0)).eval(),
                 transformer=transformer.eval(),
-                proprioception=ProprioceptionModel(hidden_dim=16).eval(),
+                proprioception=ProprioceptionModel(hidden_dim=16, width=16, robots=robots).eval(),
                 scheduler=FlowMatchEulerDiscreteScheduler(),
                 cameras={
                     "libero_object": [[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]]
                 },
+                robots={"panda": ["libero_object"]},
             )
 
     @property
@@ -241,9 +249,9 @@ class ProphetPipeline(DiffusionPipeline):
         """
         self._check_inputs(history, state, actions, images, suites, num_inference_steps)
         start, latest = frames_to_pixels(torch.as_tensor(images)).to(self.device, self.vae.dtype).unbind(1)
-        projection = self.projection(suites).to(self.device)
+        projection, robot = self.projection(suites).to(self.device), self.robot(suites).to(self.device)
         actions = actions.to(self.device, torch.float32)
-        condition, state = self.condition(state.to(self.device, torch.float32), actions, start, projection)
+        condition, state = self.condition(state.to(self.device, torch.float32), actions, start, projection, robot)
         pixels, _ = self.generate(history, condition, start, latest, generator, num_inference_steps)
         encoded = self.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return ImaginedChunk(
@@ -293,12 +301,14 @@ class ProphetPipeline(DiffusionPipeline):
         actions: torch.Tensor,
         start: torch.Tensor,
         projection: torch.Tensor,
+        robot: torch.Tensor,
     ) -> tuple[ChunkCondition, torch.Tensor]:
         """Roll the state through a chunk.
 
         Args:
-            state: float32 (B, S). actions: float32 (B, chunk_size, action_dim). projection: float32 (B, 3, 4).
+            state: float32 (B, S). actions: float32 (B, chunk_size, action_dim).
             start: pixels (B, 3, H, W) in [-1, 1], the episode's first frame.
+            projection: float32 (B, 3, 4). robot: int64 (B,), slots.
 
         Returns:
             What follows for the chunk's frames; the state after the chunk, float32 (B, S).
@@ -308,27 +318,32 @@ class ProphetPipeline(DiffusionPipeline):
         start, poses, holds = start.float(), [body[:, :proprio_dim]], []
         frame_actions = actions.unflatten(1, (self.chunk_frames, self.frame_stride))
         for frame in range(self.chunk_frames):
-            body = self.proprioception(body, frame_actions[:, frame], start, projection)
+            body = self.proprioception(body, frame_actions[:, frame], start, projection, robot)
             hold = update_hold(hold, body[:, :proprio_dim], frame_actions[:, frame])
             poses.append(body[:, :proprio_dim])
             holds.append(hold)
         condition = self.observed_condition(
-            torch.stack(poses, dim=1), torch.stack(holds, dim=1), frame_actions, projection
+            torch.stack(poses, dim=1), torch.stack(holds, dim=1), frame_actions, projection, robot
         )
         return condition, torch.cat([body, hold], dim=1)
 
     def observed_condition(
-        self, poses: torch.Tensor, holds: torch.Tensor, actions: torch.Tensor, projection: torch.Tensor
+        self,
+        poses: torch.Tensor,
+        holds: torch.Tensor,
+        actions: torch.Tensor,
+        projection: torch.Tensor,
+        robot: torch.Tensor,
     ) -> ChunkCondition:
         """The conditions of a chunk whose proprioception is known.
 
         Args:
             poses: float32 (B, 1 + F, P), proprioception at the present and at each frame.
             holds: float32 (B, F, 7), see `init_hold`, at each frame.
-            actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4).
+            actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4). robot: int64 (B,), slots.
         """
         return ChunkCondition(
-            scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions),
+            scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions, robot),
             action_frames=draw_action_frames(poses, projection, self.image_size),
             motion=carried_motion(poses[:, :1, :3], poses[:, 1:, :3], holds, projection),
         )
@@ -383,6 +398,11 @@ class ProphetPipeline(DiffusionPipeline):
         unknown = [[0.0] * 4] * 3
         return torch.tensor([self.config.cameras.get(suite, unknown) for suite in suites])
 
+    def robot(self, suites: Sequence[str]) -> torch.Tensor:
+        """The slots of the robots of some episodes, int64 (B,)."""
+        slots = {suite: slot for slot, known in enumerate(self.config.robots.values()) for suite in known}
+        return torch.tensor([slots.get(suite, 0) for suite in suites])
+
     def _check_inputs(
         self,
         history: torch.Tensor,
@@ -431,11 +451,23 @@ def advance_history(history: torch.Tensor, latents: torch.Tensor) -> torch.Tenso
 
 
 def frame_condition(
-    model: ProprioceptionModel, before: torch.Tensor, after: torch.Tensor, actions: torch.Tensor
+    model: ProprioceptionModel,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    actions: torch.Tensor,
+    robot: torch.Tensor,
 ) -> torch.Tensor:
-    """Assemble one frame's condition from proprioception before and after it (..., P) and its actions (..., stride, A).
+    """Assemble the conditions of some frames.
+
+    Args:
+        before, after: float32 (B, F, P), proprioception before and after each frame.
+        actions: float32 (B, F, stride, A), of each frame. robot: int64 (B,), slots.
 
     Returns:
-        float (..., stride * A + 2 P).
+        float (B, F, stride * A + 2 P + R): the actions that the robot obeys, its standardised proprioception, and which
+        robot it is.
     """
-    return torch.cat([actions.flatten(-2).to(before.dtype), model.normalize(before), model.normalize(after)], dim=-1)
+    masked = actions * model.action_mask[robot][:, None, None]
+    poses = [model.normalize(before, robot), model.normalize(after, robot)]
+    which = F.one_hot(robot, model.config.robots).to(before)[:, None].expand(-1, before.shape[1], -1)
+    return torch.cat([masked.flatten(-2), *poses, which], dim=-1)

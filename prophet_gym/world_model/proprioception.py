@@ -4,29 +4,39 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import look_around
 
 
 class ProprioceptionModel(ModelMixin, ConfigMixin):
     r"""
-    Recurrent network, one step per low-level action, one call per video frame.
+    Locally linear dynamics with a recurrent correction, one step per video frame.
 
-    In free motion the end-effector moves almost linearly in its velocity and the action: a linear map predicts the
-    motion and the next velocity, which decays by itself, and a gated recurrent network corrects both. What the arm
-    meets, it can only see: a small crop around the end-effector, of the frame that the episode began with, says where
-    it will be stopped, and how far the fingers close: that is whether a grasp holds. It does not look at later frames,
+    While an arm moves freely, one frame is an affine map of its velocity and its actions; which one depends on where
+    the arm is, because a torque that turns the hand also pushes it. A network of the pose and of a memory, which can
+    keep what the pose does not show, gives that map. What the arm meets, it can only see: a small crop around the
+    end-effector, of the frame that the episode began with, says where it will be stopped, and how far the fingers
+    close: that is whether a grasp holds; a gated recurrent network adds what follows. It does not look at later frames,
     for those are imagined: the arm is seen there where it is believed to be, and a model that learned from real ones to
     correct its belief by them would be misled.
 
-    The state of a robot is its proprioception, its velocity and a memory, float (B, 2 * proprio_dim + hidden_dim).
+    The state of a robot is its proprioception, its velocity and a memory, float (B, proprio_dim + velocity_dim +
+    hidden_dim).
+
+    Several robots share the weights. Each has a slot: its statistics, the mask of the actions that it obeys, and one
+    input that says which one it is.
 
     Args:
         proprio_dim (`int`, defaults to `8`): size P: position (3, m), axis-angle (3, rad), finger positions (2, m).
         frame_stride (`int`, defaults to `4`): low-level actions between two frames.
-        action_dim (`int`, defaults to `7`): size of one action.
-        hidden_dim (`int`, defaults to `192`): size of the memory.
-        crop_size (`int`, defaults to `24`): side of the crop, pixels.
+        action_dim (`int`, defaults to `7`): size A of one action.
+        robots (`int`, defaults to `8`): slots R, of which some may be free.
+        velocity_dim (`int`, defaults to `16`): size of the velocity, which is what the affine map carries on; at least
+            P.
+        hidden_dim (`int`, defaults to `128`): size of the memory.
+        width (`int`, defaults to `192`): width of the networks.
+        crop_size (`int`, defaults to `24`): side of the crop, pixels, a multiple of 4.
     """
 
     @register_to_config
@@ -35,46 +45,56 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         proprio_dim: int = 8,
         frame_stride: int = 4,
         action_dim: int = 7,
-        hidden_dim: int = 192,
+        robots: int = 8,
+        velocity_dim: int = 16,
+        hidden_dim: int = 128,
+        width: int = 192,
         crop_size: int = 24,
     ) -> None:
         super().__init__()
         self.eyes = nn.Sequential(
-            nn.Conv2d(3, 32, 4, stride=2, padding=1),
+            nn.Conv2d(3, 24, 4, stride=4),
             nn.SiLU(),
-            nn.Conv2d(32, 48, 4, stride=2, padding=1),
+            nn.Conv2d(24, 32, 3, padding=1),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(48 * (crop_size // 4) ** 2, 64),
+            nn.Linear(32 * (crop_size // 4) ** 2, 64),
             nn.SiLU(),
             nn.Dropout(0.1),  # a scene is easily learned by heart
         )
-        # Gated: how far an action moves the hand depends on where the arm is.
-        self.encoder = nn.Linear(2 * proprio_dim + action_dim + 64, 2 * hidden_dim)
-        self.cell = nn.GRUCell(hidden_dim, hidden_dim)
-        self.motion = nn.Linear(proprio_dim + action_dim, proprio_dim)
-        self.push = nn.Linear(action_dim, proprio_dim)
-        self.decay = nn.Parameter(torch.zeros(proprio_dim))
-        self.correction = nn.Sequential(
-            nn.Linear(2 * hidden_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 2 * proprio_dim)
+        # The affine map from velocity and actions to motion and the next velocity.
+        chunk, rows = frame_stride * action_dim, proprio_dim + velocity_dim
+        self.where = nn.Sequential(
+            nn.Linear(proprio_dim + robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
-        # Statistics of the training data; set by training, saved with the weights.
-        self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
-        self.register_buffer("proprio_std", torch.ones(proprio_dim))
-        self.register_buffer("delta_std", torch.ones(proprio_dim))  # of the change between two frames
+        self.to_map = nn.Linear(width, rows * (velocity_dim + chunk + 1))
+        nn.init.normal_(self.to_map.weight, std=0.01)
+        self.to_map.bias.data.copy_(_usual_map(proprio_dim, velocity_dim, frame_stride, action_dim).flatten())
+        # What it leaves out. Gated: what an action does depends on what is there.
+        self.encoder = nn.Linear(proprio_dim + robots + velocity_dim + chunk + 64, 2 * width)
+        self.cell = nn.GRUCell(width, hidden_dim)
+        self.correction = nn.Sequential(nn.Linear(width + hidden_dim, width), nn.SiLU(), nn.Linear(width, rows))
+        nn.init.zeros_(self.correction[-1].weight)
+        nn.init.zeros_(self.correction[-1].bias)
+        # Statistics of the training data, for each robot; set by training, saved with the weights.
+        self.register_buffer("proprio_mean", torch.zeros(robots, proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(robots, proprio_dim))
+        self.register_buffer("delta_std", torch.ones(robots, proprio_dim))  # of the change between two frames
+        self.register_buffer("action_mask", torch.ones(robots, action_dim))
 
     @property
     def state_dim(self) -> int:
         """Size of a robot's state."""
-        return 2 * self.config.proprio_dim + self.config.hidden_dim
+        return self.config.proprio_dim + self.config.velocity_dim + self.config.hidden_dim
 
-    def normalize(self, proprio: torch.Tensor) -> torch.Tensor:
-        """Standardise proprioception (..., P) with the training data's statistics."""
-        return (proprio - self.proprio_mean) / self.proprio_std
+    def normalize(self, proprio: torch.Tensor, robot: torch.Tensor) -> torch.Tensor:
+        """Standardise proprioception (B, ..., P) with the training data's statistics of robots (B,)."""
+        shape = (len(robot), *(1,) * (proprio.ndim - 2), -1)
+        return (proprio - self.proprio_mean[robot].view(shape)) / self.proprio_std[robot].view(shape)
 
     def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
         """The state (B, S) of a robot at rest with this proprioception (B, P)."""
-        return nn.functional.pad(proprio, (0, self.state_dim - proprio.shape[1]))
+        return F.pad(proprio, (0, self.state_dim - proprio.shape[1]))
 
     # Millimetres matter, and bfloat16 has three digits.
     @torch.autocast("cpu", enabled=False)
@@ -85,6 +105,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         actions: torch.Tensor,
         start: torch.Tensor,
         projection: torch.Tensor,
+        robot: torch.Tensor,
     ) -> torch.Tensor:
         """Predict the state at the next frame.
 
@@ -93,23 +114,41 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             actions: float (B, frame_stride, action_dim) in [-1, 1].
             start: float (B, 3, H, W) in [-1, 1], the episode's first frame.
             projection: float32 (B, 3, 4), the camera, see `draw_action_frames`.
+            robot: int64 (B,), the robots' slots.
 
         Returns:
             State after the actions, same shape and units.
         """
         config = self.config
-        proprio, velocity, memory = state.split([config.proprio_dim, config.proprio_dim, config.hidden_dim], dim=-1)
+        proprio, velocity, memory = state.split([config.proprio_dim, config.velocity_dim, config.hidden_dim], dim=-1)
         seen = self.eyes(look_around(start, proprio[:, :3].detach(), projection, config.crop_size))
-        decay = torch.sigmoid(self.decay)
-        for action in actions.unbind(1):
-            # Bounded, so that a rollout that goes astray does not run away.
-            where = self.normalize(proprio).clamp(-5, 5)
-            inputs = torch.cat([where, velocity.clamp(-5, 5), action, seen], dim=-1)
-            value, gate = self.encoder(inputs).chunk(2, dim=-1)
-            hidden = value * nn.functional.silu(gate)
-            memory = self.cell(hidden, memory)
-            motion, push = self.correction(torch.cat([hidden, memory], dim=-1)).chunk(2, dim=-1)
-            motion = motion + self.motion(torch.cat([velocity, action], dim=-1))
-            velocity = decay * velocity + self.push(action) + push
-            proprio = proprio + motion * (self.delta_std / config.frame_stride)
-        return torch.cat([proprio, velocity, memory], dim=-1)
+        actions = (actions * self.action_mask[robot][:, None]).flatten(1)
+        # Bounded, so that a rollout that goes astray does not run away.
+        where = self.normalize(proprio, robot).clamp(-5, 5)
+        where = torch.cat([where, F.one_hot(robot, config.robots).to(where)], dim=-1)
+        moved = torch.cat([velocity.clamp(-8, 8), actions], dim=-1)
+
+        affine = self.to_map(self.where(torch.cat([where, memory], dim=-1)))
+        affine = affine.unflatten(-1, (config.proprio_dim + config.velocity_dim, -1))
+        change = torch.baddbmm(affine[..., -1:], affine[..., :-1], moved[..., None])[..., 0]
+        value, gate = self.encoder(torch.cat([where, moved, seen], dim=-1)).chunk(2, dim=-1)
+        hidden = value * F.silu(gate)
+        memory = self.cell(hidden, memory)
+        change = change + self.correction(torch.cat([hidden, memory], dim=-1))
+
+        motion, velocity = change.split([config.proprio_dim, config.velocity_dim], dim=-1)
+        return torch.cat([proprio + motion * self.delta_std[robot], velocity, memory], dim=-1)
+
+
+def _usual_map(proprio_dim: int, velocity_dim: int, frame_stride: int, action_dim: int) -> torch.Tensor:
+    """Where the affine map begins: (P + V, V + frame_stride * A + 1). Velocity decays, actions push and move."""
+    usual = torch.zeros(proprio_dim + velocity_dim, velocity_dim + frame_stride * action_dim + 1)
+    usual[:proprio_dim, :proprio_dim] = 0.3 * torch.eye(proprio_dim)
+    usual[proprio_dim:, :velocity_dim] = 0.1 * torch.eye(velocity_dim)
+    shared = min(proprio_dim, action_dim)
+    for step in range(frame_stride):
+        column = velocity_dim + step * action_dim
+        usual[:shared, column : column + shared] = torch.eye(shared) / frame_stride
+        # The later an action, the more of its push is left.
+        usual[proprio_dim : proprio_dim + shared, column : column + shared] = 0.1 * (step + 1) * torch.eye(shared)
+    return usual

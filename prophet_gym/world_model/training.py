@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "encoder_blocks": (1, 2, 2),
                 "decoder_blocks": (2, 3, 3),
             },
-            "proprioception": {"hidden_dim": 384},
+            "proprioception": {"hidden_dim": 256, "width": 384},
             "transformer": {
                 "conv_channels": 256,
                 "num_attention_heads": 12,
@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_decay": 0.1,
             "warmup_steps": 1000,
         },
-        "models": {"proprioception": {"hidden_dim": 384}},
+        "models": {"proprioception": {"hidden_dim": 256, "width": 384}},
     },
     # Seconds: shows that the code runs, learns next to nothing.
     "debug": {
@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "encoder_blocks": (0, 0, 0),
                 "decoder_blocks": (0, 0, 0),
             },
-            "proprioception": {"hidden_dim": 16},
+            "proprioception": {"hidden_dim": 16, "width": 16},
             "transformer": {
                 "latent_channels": 4,
                 "conv_channels": 8,
@@ -283,34 +283,31 @@ class _Window:
         return self.crop(draw_action_frames(poses[:, None], projection, image_size)[:, 0], 2)
 
 
-def proprioception_loss(
-    model: ProprioceptionModel, arrays: EpisodeArrays, projections: torch.Tensor, batch_size: int, frames: int = 20
-) -> LossFn:
+def proprioception_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, frames: int = 20) -> LossFn:
     """Error of the proprioception over `frames` frames of its own rollout, in units of one frame's usual change.
 
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
     true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
-
-    Args:
-        projections: float32 (E, 3, 4), the camera of each episode of `arrays`.
     """
-    frames = min(frames, int(arrays.lengths.min()) - 1)
+    frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception
+    suites = [record.suite for record in arrays.records]
+    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = next(ClipSampler(arrays, 1, frames, batch_size, generator))
         at_start = torch.rand(batch_size, generator=generator) < 0.5
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
-        projection = projections[clip.episodes].to(model.device)
+        projection, robot = projections[clip.episodes].to(model.device), robots[clip.episodes].to(model.device)
         start_images = frames_to_pixels(arrays.frames[clip.first_rows]).to(model.device)
         start_images = start_images + 0.1 * torch.randn(batch_size, 3, 1, 1, generator=generator).to(model.device)
         in_motion = (first > clip.first_rows)[:, None].to(model.device)
         state = model.init_state(arrays.proprio[first].to(model.device))
         proprio_dim, losses = arrays.proprio.shape[1], []
         for k in range(frames):
-            state = model(state, arrays.actions[first + k].to(model.device), start_images, projection)
+            state = model(state, arrays.actions[first + k].to(model.device), start_images, projection, robot)
             target = arrays.proprio[first + k + 1].to(model.device)
             error = state[:, :proprio_dim] - target
-            scaled = error / model.delta_std
+            scaled = error / model.delta_std[robot]
             # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
             losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1))
             if k < 3:
@@ -356,14 +353,15 @@ def transformer_loss(
         imagined: the episodes of `arrays` as Prophet imagines them.
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
-    projections = pipeline.projection([record.suite for record in arrays.records])
+    suites = [record.suite for record in arrays.records]
+    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     weights, holds = contact_weights(arrays), track_holds(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chunks = 1 + int(step >= 0.5 * steps)
         recent = transformer.config.history_frames - 1
         clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator, weights))
-        projection = projections[clip.episodes].to(device)
+        projection, robot = projections[clip.episodes].to(device), robots[clip.episodes].to(device)
         history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float()
         if imagined is not None:
             own = torch.rand(batch_size, 1, 1, 1, 1, generator=generator) < 0.75
@@ -374,7 +372,7 @@ def transformer_loss(
             present = recent - 1 + chunk * chunk_frames
             rows = clip.rows[:, present : present + chunk_frames + 1]
             clean = latents[rows[:, 1:]].float().to(device)
-            condition = _observed_condition(pipeline, arrays, holds, rows, projection)
+            condition = _observed_condition(pipeline, arrays, holds, rows, projection, robot)
             sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
             pure = torch.rand(batch_size, generator=generator) < 0.7
             sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
@@ -396,12 +394,17 @@ def transformer_loss(
 
 
 def _observed_condition(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, holds: torch.Tensor, rows: torch.Tensor, projection: torch.Tensor
+    pipeline: ProphetPipeline,
+    arrays: EpisodeArrays,
+    holds: torch.Tensor,
+    rows: torch.Tensor,
+    projection: torch.Tensor,
+    robot: torch.Tensor,
 ) -> ChunkCondition:
     """The conditions of recorded chunks: rows (B, 1 + F), the present and the frames to come."""
     poses, after, actions = arrays.proprio[rows], holds[rows[:, 1:]], arrays.actions[rows[:, :-1]]
     device = pipeline.device
-    return pipeline.observed_condition(poses.to(device), after.to(device), actions.to(device), projection)
+    return pipeline.observed_condition(poses.to(device), after.to(device), actions.to(device), projection, robot)
 
 
 @torch.inference_mode()
@@ -436,18 +439,20 @@ def imagine_training_episodes(
         seed: of the noise.
     """
     device, chunk_frames = pipeline.device, pipeline.chunk_frames
-    projections, holds = pipeline.projection([record.suite for record in arrays.records]), track_holds(arrays)
+    suites, holds = [record.suite for record in arrays.records], track_holds(arrays)
+    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
     generator = torch.Generator().manual_seed(seed)
     chunks = (int(arrays.lengths.min()) - 1) // chunk_frames
     for episodes in tqdm(torch.arange(len(arrays.starts)).split(batch_size), desc="imagining", mininterval=5.0):
         starts, projection = arrays.starts[episodes], projections[episodes].to(device)
+        robot = robots[episodes].to(device)
         start = latest = frames_to_pixels(arrays.frames[starts]).to(device)
         history = latents[starts][:, None].float().to(device)
         history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
         for chunk in range(chunks):
             rows = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames + 1)
-            condition = _observed_condition(pipeline, arrays, holds, rows, projection)
+            condition = _observed_condition(pipeline, arrays, holds, rows, projection, robot)
             with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
                 pixels, clean = pipeline.generate(history, condition, start, latest, generator)
                 encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
@@ -466,13 +471,33 @@ def _standardize_latents(vae: ProphetAutoencoder, latents: torch.Tensor) -> torc
     return ((latents.float() - mean[:, None, None]) / std[:, None, None]).half()
 
 
-def _set_proprio_statistics(model: ProprioceptionModel, arrays: EpisodeArrays) -> None:
-    same_episode = torch.ones(len(arrays.proprio) - 1, dtype=torch.bool)
-    same_episode[arrays.starts[1:] - 1] = False
-    change = arrays.proprio.diff(dim=0)[same_episode]
-    model.proprio_mean.copy_(arrays.proprio.mean(0))
-    model.proprio_std.copy_(arrays.proprio.std(0) + 1e-4)
-    model.delta_std.copy_(change.std(0) + 1e-5)
+def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
+    """Give every robot of `arrays` that the pipeline does not know a slot, with its statistics and its action mask: the
+    numbers that are zero in all its actions are not obeyed. Suites that are new join their robot's.
+
+    Raises:
+        ValueError: there are more robots than slots.
+    """
+    model, robots = pipeline.proprioception, {name: list(suites) for name, suites in pipeline.config.robots.items()}
+    of_frame = torch.repeat_interleave(torch.arange(len(arrays.records)), arrays.lengths)
+    last = arrays.starts + arrays.lengths - 1
+    for name in sorted({record.robot for record in arrays.records} - robots.keys()):
+        slot = len(robots)
+        if slot == model.config.robots:
+            raise ValueError(f"No slot is free for {name!r}: the pipeline has {slot}, of {sorted(robots)}.")
+        robots[name] = []
+        own = torch.tensor([record.robot == name for record in arrays.records])
+        inside = own[of_frame].clone()
+        model.proprio_mean[slot] = arrays.proprio[inside].mean(0)
+        model.proprio_std[slot] = arrays.proprio[inside].std(0).clamp(min=0.01)
+        inside[last] = False
+        change = arrays.proprio[1:][inside[:-1]] - arrays.proprio[:-1][inside[:-1]]
+        model.delta_std[slot] = change.std(0).clamp(min=0.001)  # an orientation may be fixed
+        model.action_mask[slot] = (arrays.actions[inside] != 0).any(0).any(0).float()
+    for record in arrays.records:
+        if record.suite not in robots[record.robot]:
+            robots[record.robot].append(record.suite)
+    pipeline.register_to_config(robots=robots)
 
 
 def _psnr(error: torch.Tensor) -> float:
@@ -564,7 +589,7 @@ def train(
         cameras=cameras,
     )
 
-    _set_proprio_statistics(proprioception, train_arrays)
+    set_robots(pipeline, train_arrays)
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
 
     if "autoencoder" in recipe:
@@ -596,8 +621,7 @@ def fit_proprioception(
 ) -> None:
     """The stage of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
     stage = dict(recipe["proprioception"])
-    projections = pipeline.projection([record.suite for record in arrays.records])
-    loss_fn = proprioception_loss(pipeline.proprioception, arrays, projections, stage.pop("batch_size"))
+    loss_fn = proprioception_loss(pipeline, arrays, stage.pop("batch_size"))
     fit("proprioception", pipeline.proprioception, loss_fn, out, seed=seed, **stage)
 
 

@@ -89,7 +89,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         history_frames (`int`, defaults to `3`): history frames H: the episode's first frame, then the most recent ones.
-        condition_dim (`int`, defaults to `44`): size D_c of one frame's action condition.
+        condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
         conv_channels (`int`, defaults to `128`): width of the convolutions.
         conv_blocks (`tuple[int, int]`, defaults to `(2, 3)`): convolutional blocks before and after the transformer's.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
@@ -105,7 +105,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         self,
         latent_channels: int = 16,
         history_frames: int = 3,
-        condition_dim: int = 44,
+        condition_dim: int = 52,
         conv_channels: int = 128,
         conv_blocks: tuple[int, int] = (2, 3),
         num_attention_heads: int = 6,
