@@ -17,6 +17,7 @@ from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.world_model import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel, ProphetPipeline
 from prophet_gym.world_model.adaptation import RECIPES, adapt
 from prophet_gym.world_model.training import PRESETS, train
+from prophet_gym.world_model.transformer import with_memory
 
 TRANSFORMER = dict(
     in_channels=5, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, text_embed_dim=12,
@@ -39,11 +40,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def transformer_inputs() -> dict[str, torch.Tensor]:
+MEMORY = ((2, 1, 2), (4, 2, 8))
+
+
+def transformer_inputs(buffer_frames: int = 3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "sample": (2, 2, 4, 12, 12),
-        "history": (2, 3, 4, 12, 12),
+        "history": (2, buffer_frames, 4, 12, 12),
         "condition": (2, 2, 52),
         "action_frames": (2, 3, 3, 48, 48),
         "carried": (2, 2, 2, 4, 12, 12),
@@ -53,15 +57,17 @@ def transformer_inputs() -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("memory", [(), MEMORY])
 def test_before_training_the_output_is_that_of_the_pretrained_model(
-    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, memory: tuple[tuple[int, int, int], ...]
 ) -> None:
     """Called as diffusers' video-to-world pipeline calls it, with one given frame and a text of zeros."""
     resize = SimpleNamespace(resize=lambda mask, size, interpolation: F.interpolate(mask, size))
     mode = SimpleNamespace(NEAREST="nearest")  # torchvision, which the base class resizes an empty mask with
     transforms = SimpleNamespace(functional=resize, InterpolationMode=mode)
     monkeypatch.setattr(transformer_cosmos, "transforms", transforms, raising=False)
-    inputs = transformer_inputs()
+    model = ProphetCosmosTransformer3DModel.from_cosmos(pretrained / "transformer", memory=memory)
+    inputs = transformer_inputs(model.buffer_frames)
     given = torch.zeros(2, 1, 3, 12, 12)
     given[:, :, 0] = 1
     sigma = inputs["sigma"][:, None].expand(-1, 3).clone()
@@ -75,7 +81,7 @@ def test_before_training_the_output_is_that_of_the_pretrained_model(
         padding_mask=torch.zeros(1, 1, 96, 96),
         return_dict=False,
     )[0]
-    model = ProphetCosmosTransformer3DModel.from_cosmos(pretrained / "transformer")
+    assert model.buffer_frames == (9 if memory else 3)
     assert torch.equal(model(**inputs), expected.transpose(1, 2)[:, 1:])
 
 
@@ -90,6 +96,26 @@ def test_every_condition_has_a_way_in(pretrained: Path, name: str) -> None:
     for layer in (model.condition_embed.proj, model.action_embed.to_timestep, model.action_embed.to_adaln):
         torch.nn.init.normal_(layer.weight, std=0.1)
     assert (model(**inputs) - model(**changed)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_memory_takes_the_place_of_the_text(pretrained: Path, tmp_path: Path) -> None:
+    """The pretrained cross-attention is kept, all but its output; a memory can also be given to a model without one."""
+    text = CosmosTransformer3DModel.from_pretrained(pretrained / "transformer").transformer_blocks[0]
+    model = ProphetCosmosTransformer3DModel.from_cosmos(pretrained / "transformer", memory=MEMORY)
+    block = model.transformer_blocks[0]
+    assert torch.equal(block.attn2.to_k.weight, text.attn2.to_k.weight) and not block.attn2.to_out[0].weight.any()
+    inputs = transformer_inputs(model.buffer_frames)
+    changed = inputs | {"history": inputs["history"].clone()}
+    changed["history"][:, 1:-2] += torch.randn(6, 4, 12, 12)
+    later = with_memory(ProphetCosmosTransformer3DModel.from_cosmos(pretrained / "transformer"), MEMORY)
+    assert torch.equal(later(**inputs), model(**inputs))
+    for one in (model, later):
+        assert torch.equal(one(**inputs), one(**changed))
+        torch.nn.init.normal_(one.transformer_blocks[0].attn2.to_out[0].weight)
+        assert (one(**inputs) - one(**changed)).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ProphetCosmosTransformer3DModel.from_pretrained(tmp_path)(**inputs), model(**inputs))
 
 
 def test_other_cosmos_models_are_refused(tmp_path: Path) -> None:
@@ -131,9 +157,9 @@ def test_one_step_of_every_stage_then_a_rollout(
         monkeypatch.setitem(recipes, name, short)
     data = episodes(2), episodes(1, seed=1)
     pipeline = train(*data, tmp_path / "train", preset="cosmos-2b", pretrained=pretrained)
-    assert (
-        pipeline.transformer.condition_embed.proj.weight.any() and pipeline.transformer.action_embed.to_adaln.bias.any()
-    )
+    transformer = pipeline.transformer
+    assert transformer.condition_embed.proj.weight.any() and transformer.action_embed.to_adaln.bias.any()
+    assert transformer.buffer_frames == 21 and transformer.transformer_blocks[0].attn2.to_out[0].weight.any()
     pipeline = adapt(pipeline, *data, tmp_path / "adapt", lora_rank=rank)
     loaded = ProphetPipeline.from_pretrained(tmp_path / "adapt" / "pipeline")
     assert type(loaded.vae) is ProphetCosmosAutoencoder and type(loaded.transformer) is ProphetCosmosTransformer3DModel

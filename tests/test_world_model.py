@@ -28,14 +28,9 @@ from prophet_gym.world_model.action_conditioning import (
     look_around,
     update_hold,
 )
+from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import imagine_episodes, track_holds
-from prophet_gym.world_model.pipeline import (
-    ImaginedChunk,
-    advance_history,
-    frame_condition,
-    frames_to_pixels,
-    pixels_to_frames,
-)
+from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
 from prophet_gym.world_model.training import (
     _Window,
     autoencoder_loss,
@@ -469,6 +464,7 @@ def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:
     for name in ("vae", "transformer", "proprioception"):
         one, other = getattr(trained, name).state_dict(), getattr(again, name).state_dict()
         assert all(torch.equal(one[key], other[key]) for key in one)
+    assert again.transformer.buffer_frames == 9 and again.transformer.transformer_blocks[0].attn2.to_out[0].weight.any()
     assert list(tmp_path.glob("validation-*.mp4")) and list((tmp_path / "tensorboard").iterdir())
     assert not (tmp_path / "checkpoints" / "transformer").exists()
     with pytest.raises(ValueError, match="choose one of"):

@@ -354,14 +354,14 @@ def _next_chunks(
     """Imagine every chunk of every episode from real history: uint8 (count, N, chunk_frames, H, W, 3)."""
     frames = pipeline.chunk_frames
     present = arrays.starts[:count, None] + torch.arange(0, length - 1, frames)  # (count, N)
-    past = torch.arange(2 - pipeline.transformer.config.history_frames, 1)
+    past = torch.arange(2 - pipeline.transformer.buffer_frames, 1)
     states = _observed_states(pipeline, arrays, count, length)[:, :-1:frames]
     chunks = []
     for start, rows, record, state in zip(arrays.starts[:count], present, arrays.records[:count], states, strict=True):
         recent = (rows[:, None] + past).clamp(min=int(start))  # (N, T_h - 1)
         index = torch.cat([start.expand(len(rows), 1), recent], dim=1)
-        shown = arrays.frames[index]
-        history = pipeline.init_history(shown.flatten(0, 1))[:, -1].unflatten(0, index.shape)
+        shown = arrays.frames[start : int(rows[-1]) + 1]
+        history = pipeline.init_history(shown)[:, -1][index - start]
         actions = arrays.actions[rows[:, None] + torch.arange(frames)].flatten(1, 2)
         generator = [torch.Generator().manual_seed(noise_seed) for noise_seed in episode_seeds(rows, seed)]
         images = arrays.frames[torch.stack([start.expand(len(rows)), rows], dim=1)]

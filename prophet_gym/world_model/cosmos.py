@@ -3,6 +3,7 @@ conditions added so that, before any training, they change nothing."""
 
 import inspect
 import os
+import re
 
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
+from prophet_gym.world_model.history import FramePackMemory, split_history
 from prophet_gym.world_model.transformer import per_token, prepare_cosmos
 
 _GIVEN_SIGMA = 1e-4 / (1 + 1e-4)
@@ -26,22 +28,30 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
     The Cosmos-Predict2 video-to-world transformer with the interface of `ProphetTransformer3DModel`.
 
     It sees a video whose first frame, the latest of the history, is given, and predicts the velocity of the others, as
-    it was pretrained to. Prophet's conditions enter in two places, both zero-initialised: `FrameActionEmbedding` adds
-    to the timestep embedding and the AdaLN vector of each new frame; `condition_embed` adds the whole history, the
-    carried frames and the action frames to the tokens of each frame. The text is all zeros (paper), which leaves the
-    cross-attention without effect: it is left out.
+    it was pretrained to. Prophet's conditions enter in three places, all zero-initialised: `FrameActionEmbedding` adds
+    to the timestep embedding and the AdaLN vector of each new frame; `condition_embed` adds the first and the latest
+    history frames, the carried frames and the action frames to the tokens of each frame; and the memory of the frames
+    between them takes the text's place in the cross-attention. The text is all zeros (paper), which leaves the
+    cross-attention without effect, so that nothing is lost; without a memory it is left out.
 
-    The defaults are the layout of Cosmos-Predict2-2B-Video2World (1.6 billion weights without the cross-attention).
+    The defaults are the layout of Cosmos-Predict2-2B-Video2World (1.6 billion weights without the cross-attention, 2
+    billion with it).
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         history_frames (`int`, defaults to `3`): history frames H: the episode's first frame, then the most recent ones.
+        memory (`tuple[tuple[int, int, int], ...]`, defaults to `()`): levels of the memory of the M frames before
+            those, see `FramePackMemory`; empty is none.
         condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
         fps (`int`, defaults to `16`): frames a second that the rotary embedding is told, the pretrained pipeline's
             default.
+        text_embed_dim (`int`, defaults to `1024`): width of the text's tokens, which is that of the memory's.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
         adaln_lora_dim (`int`), max_size (`tuple[int, int, int]`), patch_size (`tuple[int, int, int]`),
         rope_scale (`tuple[float, float, float]`): as in diffusers' `CosmosTransformer3DModel`.
+
+    Raises:
+        ValueError: the levels are not what `FramePackMemory` takes.
     """
 
     _keep_in_fp32_modules = None
@@ -52,8 +62,10 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         self,
         latent_channels: int = 16,
         history_frames: int = 3,
+        memory: tuple[tuple[int, int, int], ...] = (),
         condition_dim: int = 52,
         fps: int = 16,
+        text_embed_dim: int = 1024,
         num_attention_heads: int = 16,
         attention_head_dim: int = 128,
         num_layers: int = 28,
@@ -70,7 +82,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
             attention_head_dim=attention_head_dim,
             num_layers=num_layers,
             mlp_ratio=mlp_ratio,
-            text_embed_dim=attention_head_dim,
+            text_embed_dim=text_embed_dim,
             adaln_lora_dim=adaln_lora_dim,
             max_size=max_size,
             patch_size=patch_size,
@@ -86,16 +98,27 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         condition_channels = latent_channels * (history_frames + 2) + 3 * 16
         self.condition_embed = CosmosPatchEmbed(condition_channels, hidden_dim, patch_size, bias=False)
         nn.init.zeros_(self.condition_embed.proj.weight)
+        self.framepack = FramePackMemory(latent_channels, text_embed_dim, memory) if memory else None
+
+    @property
+    def buffer_frames(self) -> int:
+        """Frames of the history that `forward` takes, T_h = H + M."""
+        return self.config.history_frames + (self.framepack.frames if self.framepack else 0)
 
     @classmethod
     def from_cosmos(
-        cls, path: str | os.PathLike[str], history_frames: int = 3, condition_dim: int = 52
+        cls,
+        path: str | os.PathLike[str],
+        history_frames: int = 3,
+        memory: tuple[tuple[int, int, int], ...] = (),
+        condition_dim: int = 52,
     ) -> "ProphetCosmosTransformer3DModel":
         """Begin from a pretrained video-to-world transformer, in the folder of its own `save_pretrained`.
 
         Raises:
             OSError: no such model is there.
-            ValueError: it is not of the Cosmos-Predict2 video-to-world layout.
+            ValueError: it is not of the Cosmos-Predict2 video-to-world layout, or the levels of the memory are not
+                what `FramePackMemory` takes.
         """
         pretrained = CosmosTransformer3DModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
         config = pretrained.config
@@ -114,15 +137,17 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         own = inspect.signature(cls.__init__).parameters
         shared = {key: value for key, value in config.items() if key in own}
         model = cls(
-            latent_channels=config.out_channels, history_frames=history_frames, condition_dim=condition_dim, **shared
+            latent_channels=config.out_channels,
+            history_frames=history_frames,
+            memory=memory,
+            condition_dim=condition_dim,
+            **shared,
         )
-        weights = {
-            key: value
-            for key, value in pretrained.state_dict().items()
-            if not key.startswith("transformer_blocks.") or key.split(".")[2] not in ("attn2", "norm2")
-        }
-        added = ("action_embed", "condition_embed")
-        new = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in added}
+        # With a memory the cross-attention is kept, all but its output, which starts at zero.
+        text = re.compile(r"transformer_blocks\.\d+\." + (r"attn2\.to_out\." if memory else r"(attn2|norm2)\."))
+        weights = {key: value for key, value in pretrained.state_dict().items() if not text.match(key)}
+        added = ("action_embed", "condition_embed", "framepack")
+        new = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in added or text.match(key)}
         model.load_state_dict(new | weights)
         return model.eval()
 
@@ -145,7 +170,9 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         tokens = self.patch_embed(torch.cat([video, masks], dim=2).transpose(1, 2))  # (B, 1 + F, h', w', D)
 
         # What is new
-        past = history.flatten(1, 2)[:, None].expand(-1, 1 + frames, -1, -1, -1)
+        near, older = split_history(history, self.buffer_frames - self.config.history_frames)
+        remembered = self.framepack(older) if self.framepack else None  # (B, N, D)
+        past = near.flatten(1, 2)[:, None].expand(-1, 1 + frames, -1, -1, -1)
         moved = torch.cat([torch.zeros_like(carried[:, :1]), carried], dim=1).flatten(2, 3)
         drawn = F.pixel_unshuffle(action_frames.to(video.dtype), 4)  # (B, 1 + F, 3 * 16, h, w)
         tokens = tokens + self.condition_embed(torch.cat([past, moved, drawn], dim=2).transpose(1, 2))
@@ -163,7 +190,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         image_rotary_emb = self.rope(video.transpose(1, 2), fps=self.config.fps)
         hidden_states = tokens.flatten(1, 3)  # (B, (1 + F) h' w', D)
         for block in self.transformer_blocks:
-            hidden_states = block(hidden_states, None, embedded_timestep, temb, image_rotary_emb)
+            hidden_states = block(hidden_states, remembered, embedded_timestep, temb, image_rotary_emb)
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
 
         # (B, 1 + F, h', w', p_h, p_w, C): the order of the pretrained output

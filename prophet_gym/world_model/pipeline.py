@@ -21,6 +21,7 @@ from prophet_gym.world_model.action_conditioning import (
 )
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
+from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
@@ -202,7 +203,7 @@ class ProphetPipeline(DiffusionPipeline):
             )
         pixels = frames_to_pixels(images).to(self.device, self.vae.dtype)
         latents = self.vae.encode(pixels).to(self.transformer.dtype)
-        return latents[:, None].repeat(1, self.transformer.config.history_frames, 1, 1, 1)
+        return latents[:, None].repeat(1, self.transformer.buffer_frames, 1, 1, 1)
 
     def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
         """The state, float32 (B, S), of robots at rest with this proprioception (B, P), metres and radians.
@@ -415,7 +416,7 @@ class ProphetPipeline(DiffusionPipeline):
         config: Any = self.transformer.config
         batch, size = history.shape[0], self.image_size
         expected = {
-            "history": (batch, config.history_frames, config.latent_channels) + (size // 8,) * 2,
+            "history": (batch, self.transformer.buffer_frames, config.latent_channels) + (size // 8,) * 2,
             "state": (batch, self.proprioception.state_dim + HOLD_DIM),
             "actions": (batch, self.chunk_size, self.action_dim),
             "images": (batch, 2, size, size, 3),
@@ -442,12 +443,6 @@ def carry_latents(history: torch.Tensor, motion: torch.Tensor, compression: int)
     """
     in_latents = motion / motion.new_tensor([compression, compression, 1.0])
     return carry(torch.stack([history[:, -1], history[:, 0]], dim=1), in_latents)
-
-
-def advance_history(history: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Append latents (B, F, C, h, w) to a history (B, T_h, C, h, w): first frame kept, then the most recent."""
-    recent = torch.cat([history[:, 1:], latents.to(history.dtype)], dim=1)
-    return torch.cat([history[:, :1], recent[:, 1 - history.shape[1] :]], dim=1)
 
 
 def frame_condition(

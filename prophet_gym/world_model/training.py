@@ -26,12 +26,12 @@ from prophet_gym.training import LossFn, best_precision, fit
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
+from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.pipeline import (
     ChunkCondition,
     ProphetPipeline,
-    advance_history,
     carry_latents,
     frames_to_pixels,
     pixels_to_frames,
@@ -54,9 +54,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
-        "models": {"autoencoder": {}, "proprioception": {}, "transformer": {}},
+        "models": {
+            "autoencoder": {},
+            "proprioception": {},
+            "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6))},
+        },
     },
-    # About 100 million weights, for one GPU.
+    # About 130 million weights, for one GPU.
     "base": {
         "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
         "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
@@ -71,6 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
             "proprioception": {"hidden_dim": 256, "width": 384},
             "transformer": {
+                "memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6)),
                 "conv_channels": 256,
                 "num_attention_heads": 12,
                 "attention_head_dim": 64,
@@ -97,7 +102,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_decay": 0.1,
             "warmup_steps": 1000,
         },
-        "models": {"proprioception": {"hidden_dim": 256, "width": 384}},
+        "models": {
+            "proprioception": {"hidden_dim": 256, "width": 384},
+            # 832 tokens of frames of 256 pixels; the paper has at most 1024.
+            "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 8))},
+        },
     },
     # Seconds: shows that the code runs, learns next to nothing.
     "debug": {
@@ -116,6 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "proprioception": {"hidden_dim": 16, "width": 16},
             "transformer": {
                 "latent_channels": 4,
+                "memory": ((2, 1, 2), (4, 2, 6)),
                 "conv_channels": 8,
                 "conv_blocks": (1, 1),
                 "num_attention_heads": 2,
@@ -359,7 +369,7 @@ def transformer_loss(
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chunks = 1 + int(step >= 0.5 * steps)
-        recent = transformer.config.history_frames - 1
+        recent = transformer.buffer_frames - 1
         clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator, weights))
         projection, robot = projections[clip.episodes].to(device), robots[clip.episodes].to(device)
         history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float()
@@ -449,7 +459,7 @@ def imagine_training_episodes(
         robot = robots[episodes].to(device)
         start = latest = frames_to_pixels(arrays.frames[starts]).to(device)
         history = latents[starts][:, None].float().to(device)
-        history = history.repeat(1, pipeline.transformer.config.history_frames, 1, 1, 1)
+        history = history.repeat(1, pipeline.transformer.buffer_frames, 1, 1, 1)
         for chunk in range(chunks):
             rows = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames + 1)
             condition = _observed_condition(pipeline, arrays, holds, rows, projection, robot)
@@ -579,7 +589,9 @@ def train(
         if pretrained is None:
             transformer = ProphetTransformer3DModel(**models["transformer"]).to(device)
         else:
-            transformer = ProphetCosmosTransformer3DModel.from_cosmos(Path(pretrained) / "transformer").to(device)
+            transformer = ProphetCosmosTransformer3DModel.from_cosmos(
+                Path(pretrained) / "transformer", **models["transformer"]
+            ).to(device)
     pipeline = ProphetPipeline(
         vae,
         transformer,

@@ -1,7 +1,8 @@
 """Prophet's video transformer: diffusers' Cosmos transformer between convolutions, conditioned on history, actions."""
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers import CosmosTransformer3DModel
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
+from prophet_gym.world_model.history import FramePackMemory, split_history
 
 _KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]], [[0.0]]]
 """Bias of the choice between the latest frame, the first one and the two carried ones: an untrained model shows a
@@ -39,14 +41,46 @@ class _NoTextNorm(nn.Module):
 
 
 def prepare_cosmos(transformer: CosmosTransformer3DModel) -> None:
-    """What a subclass does once the base class is built: leave the text out, and keep a config of its own.
+    """What a subclass does once the base class is built: give the cross-attention another subject than text, and keep a
+    config of its own.
 
-    The base class registers its own arguments too; what is saved must be what the subclass's constructor takes.
+    The base class registers its own arguments too; what is saved must be what the subclass's constructor takes. With a
+    memory the cross-attention reads it, and its output starts at zero; without one it is left out.
     """
     own = inspect.signature(type(transformer).__init__).parameters
     transformer._internal_dict = FrozenDict({key: value for key, value in transformer.config.items() if key in own})
     for block in transformer.transformer_blocks:
-        block.attn2, block.norm2 = _NoText(), _NoTextNorm()
+        if transformer.config.memory:
+            nn.init.zeros_(block.attn2.to_out[0].weight)
+        else:
+            block.attn2, block.norm2 = _NoText(), _NoTextNorm()
+
+
+_Transformer = TypeVar("_Transformer", bound=CosmosTransformer3DModel)
+
+
+def with_memory(transformer: _Transformer, memory: Sequence[tuple[int, int, int]]) -> _Transformer:
+    """A copy of a transformer without memory that has one; until it is trained its output is the same.
+
+    The initial weights of the memory and of the cross-attention come from torch's global generator.
+
+    Args:
+        transformer: a `ProphetTransformer3DModel` or `ProphetCosmosTransformer3DModel`.
+        memory: see `FramePackMemory`.
+
+    Raises:
+        ValueError: it has a memory already, or the levels are not what `FramePackMemory` takes.
+    """
+    if transformer.config.memory:
+        raise ValueError(f"The transformer has a memory already: {transformer.config.memory}.")
+    own = inspect.signature(type(transformer).__init__).parameters
+    config = {key: value for key, value in transformer.config.items() if key in own}
+    copy = type(transformer)(**config | {"memory": tuple(memory)})
+    copy.load_state_dict(copy.state_dict() | transformer.state_dict())
+    nn.Module.to(
+        copy, transformer.device, transformer.dtype
+    )  # `ModelMixin.to` would warn of modules to keep in float32
+    return copy.train(transformer.training)
 
 
 def per_token(embedding: torch.Tensor, grid: torch.Size) -> torch.Tensor:
@@ -79,22 +113,28 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
     Convolutions around the transformer blocks work at the latents' full resolution, where contact happens: what moves
     is local, and the same everywhere. The blocks between them see the whole chunk at once, in tokens of 2 x 2 latents.
 
-    History frames enter as extra channels of every new frame, so that each place sees its own past, and so do the
-    carried frames: the latest one as the hand carries it, and the first one as the hand carries what it took there. The
-    raw output is a choice between the first frame, the latest one and the carried ones, and a residual: together the
-    clean chunk, from which the rectified-flow velocity follows as
-    `(sample - clean) / sigma`. A static background therefore costs the network nothing, and one sampling step from pure
-    noise is the conditional mean.
+    The first history frame and the latest ones enter as extra channels of every new frame, so that each place sees its
+    own past, and so do the carried frames: the latest one as the hand carries it, and the first one as the hand carries
+    what it took there. The frames between first and latest are in the memory, whose tokens the cross-attention of the
+    blocks reads. The raw output is a choice between the first frame, the latest one and the carried ones, and a
+    residual: together the clean chunk, from which the rectified-flow velocity follows as `(sample - clean) / sigma`. A
+    static background therefore costs the network nothing, and one sampling step from pure noise is the conditional
+    mean.
 
     Args:
         latent_channels (`int`, defaults to `16`): channels C of a latent frame.
         history_frames (`int`, defaults to `3`): history frames H: the episode's first frame, then the most recent ones.
+        memory (`tuple[tuple[int, int, int], ...]`, defaults to `()`): levels of the memory of the M frames before
+            those, see `FramePackMemory`; empty is none.
         condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
         conv_channels (`int`, defaults to `128`): width of the convolutions.
         conv_blocks (`tuple[int, int]`, defaults to `(2, 3)`): convolutional blocks before and after the transformer's.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
         adaln_lora_dim (`int`), patch_size (`tuple[int, int, int]`), max_size (`tuple[int, int, int]`):
             as in diffusers' `CosmosTransformer3DModel`.
+
+    Raises:
+        ValueError: the levels are not what `FramePackMemory` takes.
     """
 
     # The base class keeps its positional embedding in fp32, which would leave new layers on `meta` when loading.
@@ -105,6 +145,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         self,
         latent_channels: int = 16,
         history_frames: int = 3,
+        memory: tuple[tuple[int, int, int], ...] = (),
         condition_dim: int = 52,
         conv_channels: int = 128,
         conv_blocks: tuple[int, int] = (2, 3),
@@ -116,6 +157,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         patch_size: tuple[int, int, int] = (1, 2, 2),
         max_size: tuple[int, int, int] = (8, 64, 64),
     ) -> None:
+        hidden_dim = num_attention_heads * attention_head_dim
         super().__init__(
             in_channels=conv_channels,
             out_channels=conv_channels,
@@ -123,7 +165,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             attention_head_dim=attention_head_dim,
             num_layers=num_layers,
             mlp_ratio=mlp_ratio,
-            text_embed_dim=attention_head_dim,
+            text_embed_dim=hidden_dim if memory else attention_head_dim,
             adaln_lora_dim=adaln_lora_dim,
             max_size=max_size,
             patch_size=patch_size,
@@ -133,7 +175,6 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         )
         prepare_cosmos(self)
 
-        hidden_dim = num_attention_heads * attention_head_dim
         # Rotary embeddings are relative, and a fixed camera makes absolute position matter. Not from zero, where the
         # normalised embedding has no direction.
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
@@ -149,6 +190,12 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         self.video_out = nn.Conv2d(conv_channels, latent_channels + 4, 3, padding=1)
         nn.init.zeros_(self.video_out.weight)
         nn.init.zeros_(self.video_out.bias)
+        self.framepack = FramePackMemory(latent_channels, hidden_dim, memory) if memory else None
+
+    @property
+    def buffer_frames(self) -> int:
+        """Frames of the history that `forward` takes, T_h = H + M."""
+        return self.config.history_frames + (self.framepack.frames if self.framepack else 0)
 
     def forward(  # type: ignore[override]
         self,
@@ -164,7 +211,8 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         Args:
             sample: noisy latents (B, F, C, h, w).
             sigma: noise level in (0, 1], (B,); 1 is pure noise.
-            history: clean latents (B, H, C, h, w); the last one is the most recent.
+            history: clean latents (B, T_h, C, h, w): the episode's first frame, the M frames of the memory, and the
+                latest ones, in order of time.
             condition: (B, F, D_c), see `FrameActionEmbedding`.
             action_frames: (B, 1 + F, 3, 4 h, 4 w), of the present and of each new frame, see `draw_action_frames`;
                 black where the camera is not known.
@@ -175,7 +223,9 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             Velocity, float (B, F, C, h, w).
         """
         batch, frames = sample.shape[:2]
-        past = history.flatten(1, 2)[:, None].expand(-1, frames, -1, -1, -1)  # (B, F, H C, h, w)
+        near, older = split_history(history, self.buffer_frames - self.config.history_frames)
+        remembered = self.framepack(older) if self.framepack else None  # (B, N, D)
+        past = near.flatten(1, 2)[:, None].expand(-1, frames, -1, -1, -1)  # (B, F, H C, h, w)
         video = torch.cat([sample, past, carried.flatten(2, 3)], dim=2).flatten(0, 1)  # (B F, (3 + H) C, h, w)
         drawn = torch.stack([action_frames[:, :1].expand(-1, frames, -1, -1, -1), action_frames[:, 1:]], dim=2)
         drawn = F.pixel_unshuffle(drawn.flatten(0, 1).flatten(1, 2), 4)  # (B F, 2 * 3 * 16, h, w)
@@ -201,7 +251,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         hidden_states = hidden_states.flatten(1, 3)  # (B, F h' w', D)
         embedded_timestep, temb = per_token(embedded_timestep, grid), per_token(temb, grid)
         for block in self.transformer_blocks:
-            hidden_states = block(hidden_states, None, embedded_timestep, temb, image_rotary_emb, position)
+            hidden_states = block(hidden_states, remembered, embedded_timestep, temb, image_rotary_emb, position)
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
         p_t, p_h, p_w = self.config.patch_size
         wide = hidden_states.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)  # (B, F', h', w', pt, ph, pw, Ch)
