@@ -29,13 +29,16 @@ def _record(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from prophet_gym.data.clips import load_arrays
+    from prophet_gym.data.clips import load_arrays, subset
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.world_model.training import camera_projections, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    episodes = load_arrays(datasets, "train")
+    if arguments.episodes is not None:
+        episodes, _ = subset(episodes, arguments.episodes, arguments.seed)
     train(
-        load_arrays(datasets, "train"),
+        episodes,
         load_arrays(datasets, "val"),
         arguments.out,
         preset=arguments.preset,
@@ -43,6 +46,7 @@ def _train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         cameras=camera_projections(datasets),
         pretrained=arguments.pretrained,
+        action_streams=arguments.action_streams,
     )
 
 
@@ -135,9 +139,17 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (embedded, CPU), base (100M weights, one GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
+        help="tiny (embedded, CPU), base (130M weights, one GPU), cosmos-2b (needs --pretrained), brief (tiny, trained "
+        "as briefly as by `adapt`) or debug (seconds)",
     )
+    train.add_argument("--episodes", type=int, default=None, help="at most this many training episodes, in all")
     train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
+    train.add_argument(
+        "--action-streams",
+        default="both",
+        choices=("both", "scalars", "frames"),
+        help="how the transformer sees the actions; scalars: without any camera",
+    )
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu")
@@ -148,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
-    adapt.add_argument("--recipe", default="adapt", help="adapt or debug (seconds)")
+    adapt.add_argument("--recipe", default="adapt", help="adapt, extend (many episodes) or debug (seconds)")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="cpu")

@@ -17,12 +17,19 @@ from prophet_gym.world_model.training import (
 )
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # About a fifth of the steps of the preset "tiny", at a third of its learning rates.
+    # A few episodes: a quarter of an hour on one core.
     "adapt": {
-        "proprioception": {"steps": 1000, "batch_size": 64, "learning_rate": 1e-3},
-        "transformer": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
-        "decoder": {"steps": 500, "batch_size": 32, "learning_rate": 3e-4},
-        "transformer-own-history": {"steps": 1000, "batch_size": 16, "learning_rate": 3e-4},
+        "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 1e-3},
+        "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 3e-4},
+        "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
+        "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 3e-4},
+    },
+    # Many episodes, of further robots too: as much as half of a training from scratch.
+    "extend": {
+        "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
+        "transformer": {"steps": 1600, "batch_size": 16, "learning_rate": 5e-4},
+        "decoder": {"steps": 1000, "batch_size": 32, "learning_rate": 5e-4},
+        "transformer-own-history": {"steps": 1400, "batch_size": 16, "learning_rate": 4e-4},
     },
     # Seconds, for tests.
     "debug": {

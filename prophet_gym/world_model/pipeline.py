@@ -68,6 +68,9 @@ def pixels_to_frames(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
+ACTION_STREAMS = ("both", "scalars", "frames")
+
+
 class ProphetPipeline(DiffusionPipeline):
     r"""
     Prophet, the action-conditioned video world model (arXiv 2511.20633).
@@ -91,6 +94,8 @@ class ProphetPipeline(DiffusionPipeline):
             intrinsics times world-to-camera extrinsics, in pixels of the video: through it the estimated end-effector
             poses are drawn as action frames, what the hand carries is moved, and the proprioception looks around. In
             other suites action frames and crops are black, and nothing is carried.
+        action_streams (`str`): "both"; "scalars", where no camera is used at all, as for data without cameras; or
+            "frames", where the transformer sees the actions only as what the camera shows of them.
         robots (`dict[str, list[str]]`, *optional*): the suites of each robot, in the order of the slots of the
             proprioception model. The robot of any other suite is taken for the first one.
 
@@ -112,8 +117,11 @@ class ProphetPipeline(DiffusionPipeline):
         num_inference_steps: int = 1,
         cameras: dict[str, list[list[float]]] | None = None,
         robots: dict[str, list[str]] | None = None,
+        action_streams: str = "both",
     ) -> None:
         super().__init__()
+        if action_streams not in ACTION_STREAMS:
+            raise ValueError(f"Unknown action_streams {action_streams!r}; choose one of {ACTION_STREAMS}.")
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
@@ -125,6 +133,7 @@ class ProphetPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             cameras=cameras or {},
             robots=robots or {},
+            action_streams=action_streams,
         )
         self.set_progress_bar_config(disable=True)
 
@@ -343,8 +352,9 @@ class ProphetPipeline(DiffusionPipeline):
             holds: float32 (B, F, 7), see `init_hold`, at each frame.
             actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4). robot: int64 (B,), slots.
         """
+        scalars = frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions, robot)
         return ChunkCondition(
-            scalars=frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions, robot),
+            scalars=torch.zeros_like(scalars) if self.config.action_streams == "frames" else scalars,
             action_frames=draw_action_frames(poses, projection, self.image_size),
             motion=carried_motion(poses[:, :1, :3], poses[:, 1:, :3], holds, projection),
         )
@@ -395,9 +405,10 @@ class ProphetPipeline(DiffusionPipeline):
         return pixels.clamp(-1, 1), latents
 
     def projection(self, suites: Sequence[str]) -> torch.Tensor:
-        """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known."""
+        """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known or not used."""
+        cameras = {} if self.config.action_streams == "scalars" else self.config.cameras
         unknown = [[0.0] * 4] * 3
-        return torch.tensor([self.config.cameras.get(suite, unknown) for suite in suites])
+        return torch.tensor([cameras.get(suite, unknown) for suite in suites])
 
     def robot(self, suites: Sequence[str]) -> torch.Tensor:
         """The slots of the robots of some episodes, int64 (B,)."""

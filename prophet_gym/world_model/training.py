@@ -60,6 +60,19 @@ PRESETS: dict[str, dict[str, Any]] = {
             "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6))},
         },
     },
+    # The same models, trained about as briefly as `prophet adapt` does: what a few episodes give without pretraining.
+    "brief": {
+        "autoencoder": {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3},
+        "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 3e-3},
+        "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 1e-3},
+        "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 1e-3},
+        "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 7e-4},
+        "models": {
+            "autoencoder": {},
+            "proprioception": {},
+            "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6))},
+        },
+    },
     # About 130 million weights, for one GPU.
     "base": {
         "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
@@ -349,18 +362,26 @@ def transformer_loss(
     batch_size: int,
     steps: int,
     imagined: "Imagination | None" = None,
+    max_chunks: int = 2,
+    moving_weight: float = 4.0,
+    history_noise: float = 0.0,
 ) -> LossFn:
     """Rectified flow on chunks of latents, in the form of an error on the clean chunk.
 
     Most noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The history is
     real, or, against drift, in three of four windows what Prophet showed there when it imagined the whole episode. A
     clean chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of
-    training, then two. The error counts more where the chunk differs from the last history frame or from the first.
+    training, then `max_chunks`. The error counts more where the chunk differs from the last history frame or from the
+    first.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule of chunks.
         imagined: the episodes of `arrays` as Prophet imagines them.
+        max_chunks: chunks in the second half of training.
+        moving_weight: what a place counts in addition that changes as much as the mean.
+        history_noise: standard deviation of noise on all history frames but the first; the usual remedy against drift
+            where there is no own history.
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
     suites = [record.suite for record in arrays.records]
@@ -368,7 +389,7 @@ def transformer_loss(
     weights, holds = contact_weights(arrays), track_holds(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chunks = 1 + int(step >= 0.5 * steps)
+        chunks = max_chunks if step >= 0.5 * steps else 1
         recent = transformer.buffer_frames - 1
         clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator, weights))
         projection, robot = projections[clip.episodes].to(device), robots[clip.episodes].to(device)
@@ -376,6 +397,8 @@ def transformer_loss(
         if imagined is not None:
             own = torch.rand(batch_size, 1, 1, 1, 1, generator=generator) < 0.75
             history[:, 1:] = torch.where(own, imagined.history[clip.rows[:, :recent]].float(), history[:, 1:])
+        if history_noise:
+            history[:, 1:] += history_noise * torch.randn(history[:, 1:].shape, generator=generator)
         history = history.to(device)
         losses = []
         for chunk in range(chunks):
@@ -394,7 +417,7 @@ def transformer_loss(
             predicted = sample - level * velocity
             moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
             moved = moved.mean(2, keepdim=True)
-            weight = 1 + 4 * moved / moved.mean()
+            weight = 1 + moving_weight * moved / moved.mean()
             losses.append((weight * (predicted - clean).square()).mean())
             history = advance_history(history, predicted.detach())
         logs = {f"loss_chunk_{chunk}": loss.item() for chunk, loss in enumerate(losses)}
@@ -545,6 +568,7 @@ def train(
     device: str = "cpu",
     cameras: dict[str, list[list[float]]] | None = None,
     pretrained: str | os.PathLike[str] | None = None,
+    action_streams: str = "both",
 ) -> ProphetPipeline:
     """Train all of Prophet and save the pipeline to `out / pipeline`; run again after a kill to resume.
 
@@ -557,6 +581,7 @@ def train(
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`.
         pretrained: for the preset "cosmos-2b", and for no other, a local copy of Cosmos-Predict2-2B-Video2World in
             diffusers' format, of which its folders `transformer` and `vae` are read.
+        action_streams: see `ProphetPipeline`.
 
     Returns:
         The trained pipeline, EMA weights.
@@ -599,6 +624,7 @@ def train(
         FlowMatchEulerDiscreteScheduler(),
         image_size=train_arrays.frames.shape[1],
         cameras=cameras,
+        action_streams=action_streams,
     )
 
     set_robots(pipeline, train_arrays)

@@ -1,0 +1,187 @@
+"""Prophet's choices against each other at equal training steps: history, action streams, measures against drift.
+
+    python benchmarks/world_model_ablation.py data/libero_object --out runs/world-model-ablation
+
+Every variant trains a small transformer of its own (64 channels, 2 layers) between the autoencoder and the
+proprioception of one checkpoint, from the same seed on the same training episodes, and imagines the same validation
+episodes open loop. "all" has everything: FramePack memory, both action streams, two-chunk losses, own history in the
+second half, more weight on what moves. The other variants leave out, or replace, one thing each. Numbers are comparable
+within the table only: the models are small and trained briefly, and the decoder was trained with both streams.
+
+Writes results.json (one entry as soon as it is there; a variant that was finished with the same settings is not
+repeated), ablation.png and the table, with 95% bootstrap intervals of the difference from "all", paired by episode.
+"""
+
+import argparse
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from prophet_gym.data.clips import EpisodeArrays, load_arrays, subset
+from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.envs.models import load_world_model
+from prophet_gym.evaluation.video_metrics import moving_psnr, psnr
+from prophet_gym.training import fit
+from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
+from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
+from prophet_gym.world_model.training import encode_frames, imagine_training_episodes, transformer_loss
+
+MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
+SMALL = {"conv_channels": 64, "conv_blocks": (1, 2), "num_attention_heads": 3, "num_layers": 2, "adaln_lora_dim": 16}
+BATCH_SIZE = 16
+LEARNING_RATE = 1e-3
+IMAGINED_EPISODES = 200
+
+ALL: dict[str, Any] = {
+    "history_frames": 3,
+    "memory": MEMORY,
+    "action_streams": "both",
+    "own_history": True,
+    "loss": {"max_chunks": 2, "moving_weight": 4.0, "history_noise": 0.0},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "history: latest frame only": {"history_frames": 2, "memory": ()},
+    "history: two latest frames": {"memory": ()},
+    "actions: scalars only": {"action_streams": "scalars"},
+    "actions: frames only": {"action_streams": "frames"},
+    "no own history": {"own_history": False},
+    "noise for own history": {"own_history": False, "loss": {"history_noise": 0.3}},
+    "one chunk only": {"loss": {"max_chunks": 1}},
+    "none against drift": {"own_history": False, "loss": {"max_chunks": 1}},
+    "no weight on what moves": {"loss": {"moving_weight": 0.0}},
+}
+
+Scores = dict[str, NDArray[np.float64]]
+
+
+def settings(name: str) -> dict[str, Any]:
+    """All choices of a variant."""
+    change = VARIANTS[name]
+    return ALL | change | {"loss": ALL["loss"] | change.get("loss", {})}
+
+
+def train_variant(
+    base: ProphetPipeline, choices: dict[str, Any], arrays: EpisodeArrays, latents: torch.Tensor, out: Path, steps: int
+) -> ProphetPipeline:
+    """A pipeline with a transformer of its own, trained for `steps` steps in two halves; resumes after a kill."""
+    torch.manual_seed(0)
+    transformer = ProphetTransformer3DModel(history_frames=choices["history_frames"], memory=choices["memory"], **SMALL)
+    pipeline = copy.copy(base)
+    pipeline.register_modules(transformer=transformer)
+    pipeline.register_to_config(action_streams=choices["action_streams"])
+    for half in ("first", "second"):
+        some, own, imagined = arrays, latents, None
+        if half == "second" and choices["own_history"] and not (out / half).exists():
+            some, rows = subset(arrays, IMAGINED_EPISODES, seed=1)
+            own = latents[rows]
+            imagined = imagine_training_episodes(pipeline, some, own, seed=1)
+        loss_fn = transformer_loss(
+            pipeline, some, own, batch_size=BATCH_SIZE, steps=steps // 2, imagined=imagined, **choices["loss"]
+        )
+        fit(half, transformer, loss_fn, out, steps=steps // 2, learning_rate=LEARNING_RATE, seed=0, ema_decay=0.99)
+    return pipeline
+
+
+@torch.inference_mode()
+def measure(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> Scores:
+    """PSNR of every validation episode, imagined open loop: (N,) each, dB; `drift` is (N, T), frame by frame."""
+    chosen = torch.arange(len(arrays.starts))
+    imagined, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
+    real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]
+    frames = psnr(imagined[:, 1:].numpy(), real[:, 1:].numpy()).numpy()
+    moving = moving_psnr(imagined.numpy(), real.numpy()).numpy()
+    return {
+        "episode": frames.mean(1),
+        "frame 2": frames[:, 1],
+        "frame 20": frames[:, 19],
+        "last frame": frames[:, -1],
+        "moving pixels": np.nanmean(moving, axis=1),
+        "drift": frames,
+    }
+
+
+def difference(scores: NDArray[np.float64], reference: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of the paired difference and its 95% bootstrap interval over episodes."""
+    change = scores - reference
+    rng = np.random.default_rng(0)
+    means = change[rng.integers(len(change), size=(2000, len(change)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(change.mean()), float(low), float(high)
+
+
+def show(results: dict[str, Scores], out: Path) -> None:
+    """Print the table and draw the drift curves."""
+    table = Table(title="PSNR over validation episodes, open loop (dB)")
+    for column in ("variant", "episode", "against all [95%]", "moving pixels", "frame 2", "frame 20", "last frame"):
+        table.add_column(column)
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for name, scores in results.items():
+        mean, low, high = difference(scores["episode"], results["all"]["episode"])
+        table.add_row(
+            name,
+            f"{scores['episode'].mean():.2f}",
+            "" if name == "all" else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            *(f"{np.nanmean(scores[key]):.2f}" for key in ("moving pixels", "frame 2", "frame 20", "last frame")),
+        )
+        axes.plot(np.arange(1, scores["drift"].shape[1] + 1), scores["drift"].mean(0), label=name)
+    axes.set(xlabel="frame (0.2 s)", ylabel="PSNR (dB)", title="Drift, mean over validation episodes")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "ablation.png", dpi=120)
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="folders written by `prophet record`")
+    parser.add_argument("--checkpoint", default="prophet-libero-tiny", help="of autoencoder and proprioception")
+    parser.add_argument("--names", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=1200, help="of each variant")
+    parser.add_argument("--episodes", type=int, default=400, help="at most this many training episodes")
+    parser.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    datasets = [EpisodeDataset(path) for path in arguments.data]
+    arrays, _ = subset(load_arrays(datasets, "train"), arguments.episodes, seed=0)
+    validation = load_arrays(datasets, "val")
+    base = load_world_model(arguments.checkpoint, "cpu")
+    latents = encode_frames(base.vae, arrays.frames)
+    for name in arguments.names:
+        key = {"settings": settings(name), "checkpoint": arguments.checkpoint, "data": arguments.data}
+        key = json.loads(json.dumps(key | {"steps": arguments.steps, "episodes": arguments.episodes}))
+        if kept.get(name, {}).get("key") == key:
+            continue
+        folder = out / f"{name}-{arguments.steps}".replace(" ", "-").replace(":", "")
+        pipeline = train_variant(base, settings(name), arrays, latents, folder, arguments.steps)
+        kept[name] = {"key": key} | {
+            metric: values.tolist() for metric, values in measure(pipeline, validation).items()
+        }
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(kept))
+        os.replace(temporary, file)
+    chosen = {name: kept[name] for name in VARIANTS if name in kept}
+    show(
+        {
+            name: {key: np.array(value) for key, value in scores.items() if key != "key"}
+            for name, scores in chosen.items()
+        },
+        out,
+    )
+
+
+if __name__ == "__main__":
+    main()
