@@ -27,9 +27,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Many episodes, of further robots too: as much as half of a training from scratch.
     "extend": {
         "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
-        "transformer": {"steps": 1600, "batch_size": 16, "learning_rate": 5e-4},
+        "transformer": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4},
         "decoder": {"steps": 1000, "batch_size": 32, "learning_rate": 5e-4},
-        "transformer-own-history": {"steps": 1400, "batch_size": 16, "learning_rate": 4e-4},
+        "transformer-own-history": {"steps": 1000, "batch_size": 16, "learning_rate": 4e-4},
     },
     # Seconds, for tests.
     "debug": {
