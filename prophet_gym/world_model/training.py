@@ -684,7 +684,7 @@ def fit_video(
     vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
     for number, name in enumerate(STAGES):
         stage = dict(recipe[name])
-        batch_size = stage.pop("batch_size")
+        batch_size, max_chunks = stage.pop("batch_size"), stage.pop("max_chunks", 2)
         done = (out / name).exists()
         some, own_latents, imagined = train_arrays, latents, None
         if number and not done:
@@ -698,7 +698,13 @@ def fit_video(
             loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
         else:
             loss_fn = transformer_loss(
-                pipeline, some, own_latents, batch_size=batch_size, steps=stage["steps"], imagined=imagined
+                pipeline,
+                some,
+                own_latents,
+                batch_size=batch_size,
+                steps=stage["steps"],
+                imagined=imagined,
+                max_chunks=max_chunks,
             )
         if part is transformer and lora_rank is not None and not done:
             add_lora(transformer, lora_rank, seed + number)
