@@ -450,7 +450,8 @@ def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int
 @dataclass(frozen=True)
 class Imagination:
     """What Prophet makes of the episodes of some arrays, open loop from their first frames, given the true
-    proprioception; rows as in the arrays, frames beyond the last whole chunk of the shortest episode are real.
+    proprioception; rows as in the arrays. Episodes are imagined in batches of similar length, and frames beyond the last
+    whole chunk of a batch's shortest one are real.
 
     Attributes:
         latents: float16 (N, C, h, w), of the transformer. frames: uint8 (N, H, W, 3), decoded from them.
@@ -476,8 +477,9 @@ def imagine_training_episodes(
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
     generator = torch.Generator().manual_seed(seed)
-    chunks = (int(arrays.lengths.min()) - 1) // chunk_frames
-    for episodes in tqdm(torch.arange(len(arrays.starts)).split(batch_size), desc="imagining", mininterval=5.0):
+    by_length = arrays.lengths.argsort(stable=True)
+    for episodes in tqdm(by_length.split(batch_size), desc="imagining", mininterval=5.0):
+        chunks = (int(arrays.lengths[episodes].min()) - 1) // chunk_frames
         starts, projection = arrays.starts[episodes], projections[episodes].to(device)
         robot = robots[episodes].to(device)
         start = latest = frames_to_pixels(arrays.frames[starts]).to(device)
