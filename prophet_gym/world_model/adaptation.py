@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
         "transformer": {"steps": 900, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
         "decoder": {"steps": 1000, "batch_size": 32, "learning_rate": 5e-4},
-        "transformer-own-history": {"steps": 1000, "batch_size": 16, "learning_rate": 4e-4},
+        "transformer-own-history": {"steps": 700, "batch_size": 16, "learning_rate": 4e-4},
     },
     # Seconds, for tests.
     "debug": {

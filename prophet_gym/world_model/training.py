@@ -450,8 +450,8 @@ def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int
 @dataclass(frozen=True)
 class Imagination:
     """What Prophet makes of the episodes of some arrays, open loop from their first frames, given the true
-    proprioception; rows as in the arrays. Episodes are imagined in batches of similar length, and frames beyond the last
-    whole chunk of a batch's shortest one are real.
+    proprioception; rows as in the arrays. Episodes are imagined in batches of similar length, and frames beyond the
+    last whole chunk of a batch's shortest one are real.
 
     Attributes:
         latents: float16 (N, C, h, w), of the transformer. frames: uint8 (N, H, W, 3), decoded from them.
