@@ -5,8 +5,9 @@
 Every variant trains a small transformer of its own (64 channels, 2 layers) between the autoencoder and the
 proprioception of one checkpoint, from the same seed on the same training episodes, and imagines the same validation
 episodes open loop. "all" has everything: FramePack memory, both action streams, two-chunk losses, own history in the
-second half, more weight on what moves. The other variants leave out, or replace, one thing each. Numbers are comparable
-within the table only: the models are small and trained briefly, and the decoder was trained with both streams.
+second half, more weight on what moves. The others are without something, or have something in its place. Numbers are
+comparable within the table only: the models are small and trained briefly. "scalars only" is data without a camera:
+nothing is drawn, nothing is carried, and proprioception and decoder, which were trained with a camera, miss it too.
 
 Writes results.json (one entry as soon as it is there; a variant that was finished with the same settings is not
 repeated), ablation.png and the table, with 95% bootstrap intervals of the difference from "all", paired by episode.
@@ -14,6 +15,7 @@ repeated), ablation.png and the table, with 95% bootstrap intervals of the diffe
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -81,10 +83,11 @@ def train_variant(
     pipeline.register_to_config(action_streams=choices["action_streams"])
     for half in ("first", "second"):
         some, own, imagined = arrays, latents, None
-        if half == "second" and choices["own_history"] and not (out / half).exists():
+        if half == "second":
             some, rows = subset(arrays, IMAGINED_EPISODES, seed=1)
             own = latents[rows]
-            imagined = imagine_training_episodes(pipeline, some, own, seed=1)
+            if choices["own_history"] and not (out / half).exists():
+                imagined = imagine_training_episodes(pipeline, some, own, seed=1)
         loss_fn = transformer_loss(
             pipeline, some, own, batch_size=BATCH_SIZE, steps=steps // 2, imagined=imagined, **choices["loss"]
         )
@@ -160,27 +163,20 @@ def main() -> None:
     validation = load_arrays(datasets, "val")
     base = load_world_model(arguments.checkpoint, "cpu")
     latents = encode_frames(base.vae, arrays.frames)
-    for name in arguments.names:
-        key = {"settings": settings(name), "checkpoint": arguments.checkpoint, "data": arguments.data}
-        key = json.loads(json.dumps(key | {"steps": arguments.steps, "episodes": arguments.episodes}))
-        if kept.get(name, {}).get("key") == key:
-            continue
-        folder = out / f"{name}-{arguments.steps}".replace(" ", "-").replace(":", "")
-        pipeline = train_variant(base, settings(name), arrays, latents, folder, arguments.steps)
-        kept[name] = {"key": key} | {
-            metric: values.tolist() for metric, values in measure(pipeline, validation).items()
-        }
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(kept))
-        os.replace(temporary, file)
-    chosen = {name: kept[name] for name in VARIANTS if name in kept}
-    show(
-        {
-            name: {key: np.array(value) for key, value in scores.items() if key != "key"}
-            for name, scores in chosen.items()
-        },
-        out,
-    )
+    results: dict[str, Scores] = {}
+    for name in dict.fromkeys(["all", *arguments.names]):
+        common = {"checkpoint": arguments.checkpoint, "data": arguments.data, "episodes": arguments.episodes}
+        key = json.dumps(common | {"steps": arguments.steps, "settings": settings(name)}, sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        if digest not in kept:
+            pipeline = train_variant(base, settings(name), arrays, latents, out / digest, arguments.steps)
+            scores = {metric: values.tolist() for metric, values in measure(pipeline, validation).items()}
+            kept[digest] = {"name": name, "key": json.loads(key), "scores": scores}
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(kept))
+            os.replace(temporary, file)
+        results[name] = {metric: np.array(values) for metric, values in kept[digest]["scores"].items()}
+    show(results, out)
 
 
 if __name__ == "__main__":

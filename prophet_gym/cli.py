@@ -139,16 +139,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (embedded, CPU), base (130M weights, one GPU), cosmos-2b (needs --pretrained), brief (tiny, trained "
-        "as briefly as by `adapt`) or debug (seconds)",
+        help="tiny (embedded, CPU), base (130M weights, one GPU), cosmos-2b (needs --pretrained), brief (tiny, for "
+        "as many steps as `adapt`) or debug (seconds)",
     )
     train.add_argument("--episodes", type=int, default=None, help="at most this many training episodes, in all")
     train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument(
         "--action-streams",
         default="both",
-        choices=("both", "scalars", "frames"),
-        help="how the transformer sees the actions; scalars: without any camera",
+        help="how the transformer sees the actions: both, scalars (no camera is used at all) or frames",
     )
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)

@@ -88,6 +88,7 @@ def fit(
     accelerator.wait_for_everyone()  # before the first process can make it exist
     if finished:
         module.load_state_dict(type(module).from_pretrained(out / name).state_dict())
+        module.eval()
         return
     for weight in module.state_dict().values():
         broadcast(weight)

@@ -92,6 +92,33 @@ def test_adapting_learns_the_new_world_and_leaves_the_base_as_it_is(
         assert torch.equal(value, old.vae.encoder.state_dict()[key])  # the transformer knows its latents
 
 
+def test_a_new_robot_takes_a_slot_that_it_keeps_on_disk(base: Path, tmp_path: Path) -> None:
+    """Its name sorts before the known one's."""
+    train_arrays, val_arrays = (
+        replace(arrays, records=tuple(replace(record, robot="fetch") for record in arrays.records))
+        for arrays in (new_world(4), new_world(2, seed=1))
+    )
+    adapted = adapt(load(base), train_arrays, val_arrays, tmp_path / "out", recipe="debug")
+    saved = load(tmp_path / "out" / "pipeline")
+    assert saved.config.robots == [["panda", ["libero_object"]], ["fetch", ["square_world"]]]
+    assert torch.equal(saved.proprioception.proprio_mean[0], load(base).proprioception.proprio_mean[0])
+    torch.testing.assert_close(saved.proprioception.proprio_mean[1], train_arrays.proprio.mean(0))
+    start, proprio, actions = train_arrays.frames[:1], torch.zeros(1, 8), torch.ones(1, 8, 7)
+    one, other = (
+        pipeline.replay(start, proprio, actions, ["square_world"], torch.Generator().manual_seed(0))
+        for pipeline in (adapted, saved)
+    )
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_a_recipe_can_give_a_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = ((2, 1, 2),)
+    monkeypatch.setitem(adaptation.RECIPES, "debug", adaptation.RECIPES["debug"] | {"memory": memory})
+    adapt(load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="debug")
+    assert load(tmp_path / "out" / "pipeline").transformer.buffer_frames == load(base).transformer.buffer_frames + 2
+    assert "memory" in adaptation.RECIPES["extend"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, LORA])
 def test_a_killed_adaptation_resumes_to_the_same_weights(
@@ -157,7 +184,7 @@ def test_the_saved_adapters_are_what_was_fused(base: Path, tmp_path: Path, rank:
 def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = new_world(2)
     run = partial(adapt, load(base), out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug'\]"):
+    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend'\]"):
         run(arrays, arrays, recipe="huge")
     coarse = replace(arrays, actions=arrays.actions[:, :2])
     with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the new episodes have \(2, 7\)"):

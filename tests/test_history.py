@@ -202,8 +202,11 @@ def test_training_reaches_the_memory(pipeline: ProphetPipeline) -> None:
     loss_fn(0, torch.Generator().manual_seed(0))[0].backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in transformer.framepack.parameters())
     transformer.zero_grad()
-    imagined = imagine_training_episodes(pipeline, arrays, torch.randn(18, 4, 12, 12).half(), seed=0)
-    assert not torch.equal(imagined.frames, arrays.frames)
+    latents = torch.randn(18, 4, 12, 12).half()
+    before = imagine_training_episodes(pipeline, arrays, latents, seed=0)
+    transformer.framepack.time.data.add_(1.0)
+    assert not torch.equal(before.frames, imagine_training_episodes(pipeline, arrays, latents, seed=0).frames)
+    transformer.framepack.time.data.sub_(1.0)
 
 
 @settings(max_examples=3, deadline=None)

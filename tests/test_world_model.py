@@ -35,6 +35,7 @@ from prophet_gym.world_model.training import (
     _Window,
     autoencoder_loss,
     camera_projection,
+    check_validation,
     contact_weights,
     decoder_loss,
     imagine_training_episodes,
@@ -308,6 +309,16 @@ def test_imagined_episodes_keep_everything_but_the_frames(pipeline: ProphetPipel
     assert len(both.records) == len(both.lengths) == 8
 
 
+def test_episodes_of_different_lengths_are_imagined_to_their_ends(pipeline: ProphetPipeline) -> None:
+    arrays = concatenate([episodes(2, length=5), episodes(2, length=9, seed=1)])
+    imagined = imagine_episodes(pipeline, arrays, count=4, seed=0)
+    assert imagined.lengths.tolist() == [5, 5, 9, 9]
+    own = imagine_training_episodes(pipeline, arrays, torch.randn(28, 4, 12, 12).half(), seed=0, batch_size=2)
+    for frames in (imagined.frames, own.frames):
+        last = arrays.starts + arrays.lengths - 1
+        assert all(not torch.equal(frames[row], arrays.frames[row]) for row in last)
+
+
 def test_frame_condition_is_masked_and_standardised_for_each_robot() -> None:
     model = ProprioceptionModel(robots=3)
     model.proprio_mean[2], model.proprio_std[2], model.action_mask[2, 3:6] = 1.0, 0.5, 0.0
@@ -327,7 +338,7 @@ def test_robots_take_slots_with_their_statistics() -> None:
     arrays.actions[:, :, 5] = 0.0
     elsewhere = tuple(replace(record, suite="elsewhere") for record in arrays.records)
     set_robots(pipeline, replace(arrays, records=elsewhere))
-    assert pipeline.config.robots == {"panda": ["libero_object", "elsewhere"]}
+    assert pipeline.config.robots == [["panda", ["libero_object", "elsewhere"]]]
     assert pipeline.proprioception.proprio_std[0].eq(1.0).all()  # known before
 
     records = tuple(replace(record, robot="fetch", suite="fetch") for record in arrays.records[:3])
@@ -335,7 +346,7 @@ def test_robots_take_slots_with_their_statistics() -> None:
     set_robots(pipeline, mixed)
     end = int(arrays.starts[3])
     model, own = pipeline.proprioception, arrays.proprio[:end]
-    assert list(pipeline.config.robots) == ["panda", "fetch"]
+    assert [name for name, _ in pipeline.config.robots] == ["panda", "fetch"]
     assert pipeline.robot(["fetch", "libero_object", "unheard of"]).tolist() == [1, 0, 0]
     torch.testing.assert_close(model.proprio_mean[1], own.mean(0))
     inside = torch.ones(end, dtype=torch.bool)
@@ -344,9 +355,66 @@ def test_robots_take_slots_with_their_statistics() -> None:
     torch.testing.assert_close(model.delta_std[1], change.std(0).clamp(min=0.001))
     assert model.action_mask[1, 5] == 0 and model.action_mask[1, :2].eq(1).all()
 
-    crowd = [replace(record, robot=f"robot-{k}") for k, record in enumerate(arrays.records)]
+    arrays.actions[0, 0, 5] = 0.5
+    with pytest.raises(ValueError, match=r"'fetch' obeys the actions \[0, 1, 2, 3, 4, 6\]"):
+        set_robots(pipeline, mixed)
+    with pytest.raises(ValueError, match="The suite 'fetch' is 'fetch''s, and these episodes of it are 'ur5''s"):
+        set_robots(pipeline, replace(arrays, records=tuple(replace(record, robot="ur5") for record in records * 2)))
+    with pytest.raises(ValueError, match="Validation has episodes of"):
+        check_validation(ProphetPipeline.tiny_random(), mixed)
+    crowd = [replace(record, robot=f"robot-{k}", suite=f"{k}") for k, record in enumerate(arrays.records)]
     with pytest.raises(ValueError, match="No slot is free for 'robot-1'"):
         set_robots(ProphetPipeline.tiny_random(robots=2), replace(arrays, records=tuple(crowd)))
+
+
+def test_robots_keep_their_slots_on_disk(tmp_path: Path) -> None:
+    """Whatever the order of their names."""
+    made = ProphetPipeline.tiny_random()
+    robots = [("panda", ["libero_object"]), ("fetch", ["b", "a"]), ("aloha", ["c"])]
+    pipeline = ProphetPipeline(made.vae, made.transformer, made.proprioception, made.scheduler, robots=robots)
+    pipeline.proprioception.proprio_mean[1] = 1.0
+    pipeline.save_pretrained(tmp_path)
+    suites = ["c", "a", "b", "libero_object"]
+    assert pipeline.robot(suites).tolist() == [2, 1, 1, 0]
+    loaded = ProphetPipeline.from_pretrained(tmp_path)
+    assert loaded.robot(suites).tolist() == [2, 1, 1, 0]
+    assert loaded.proprioception.proprio_mean[:, 0].tolist() == [0.0, 1.0] + 6 * [0.0]
+
+
+def test_pipelines_of_parts_that_do_not_fit_are_refused() -> None:
+    made = ProphetPipeline.tiny_random(robots=2)
+    parts = (made.vae, made.transformer, made.proprioception, made.scheduler)
+    with pytest.raises(ValueError, match="2 slots, got 3 robots"):
+        ProphetPipeline(*parts, robots=[("a", []), ("b", []), ("c", [])])
+    with pytest.raises(ValueError, match="choose one of"):
+        ProphetPipeline(*parts, action_streams="none")
+    with pytest.raises(ValueError, match="build it with condition_dim=47"):
+        ProphetPipeline(made.vae, made.transformer, ProprioceptionModel(robots=3), made.scheduler)
+
+
+@pytest.mark.parametrize("streams", ["both", "scalars", "frames"])
+def test_an_action_stream_that_is_left_out_says_nothing(streams: str) -> None:
+    made = ProphetPipeline.tiny_random()
+    torch.nn.init.normal_(made.transformer.action_frame_in.weight, std=0.1)
+    camera = made.config.cameras["libero_object"]
+    images, proprio, actions = inputs(2)
+
+    def imagine(moved_camera: float, scalar_weights: float) -> ImaginedChunk:
+        pipeline = ProphetPipeline(
+            made.vae,
+            made.transformer,
+            made.proprioception,
+            made.scheduler,
+            cameras={"libero_object": (np.array(camera) * [[moved_camera], [1.0], [1.0]]).tolist()},
+            action_streams=streams,
+        )
+        torch.nn.init.constant_(made.transformer.action_embed.trunk[0].weight, scalar_weights)
+        history, state = pipeline.init_history(images), pipeline.init_state(proprio)
+        return pipeline.imagine(history, state, actions, twice(images), SUITES[:2], generators(2))
+
+    usual = imagine(1.0, 0.01)
+    assert torch.equal(usual.history, imagine(0.5, 0.01).history) == (streams == "scalars")
+    assert torch.equal(usual.history, imagine(1.0, 0.02).history) == (streams == "frames")
 
 
 def test_a_robot_does_not_feel_actions_that_it_does_not_obey() -> None:
@@ -437,6 +505,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", 8)
     resumed = run(tmp_path / "killed", None)
+    assert not resumed.training and not run(tmp_path / "killed", None).training
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

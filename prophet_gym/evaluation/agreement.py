@@ -31,6 +31,9 @@ from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, 
 logger = logging.getLogger(__name__)
 
 
+MAX_TASKS = 100
+"""More tasks than a suite has."""
+
 COUNTERFACTUAL_EPISODES = 16
 """Episodes that are imagined with other actions than their own."""
 
@@ -285,10 +288,10 @@ def load_actions(
 
 
 def _action_features(arrays: EpisodeArrays) -> torch.Tensor:
-    """Mean action of every video step, and the task: float (E, T * 7 + 10)."""
+    """Mean action of every video step, and the task: float (E, T * 7 + MAX_TASKS)."""
     length = int(arrays.lengths.min())
     index = arrays.starts[:, None] + torch.arange(length - 1)
-    tasks = F.one_hot(torch.tensor([record.task for record in arrays.records]), 10).float()
+    tasks = F.one_hot(torch.tensor([record.task for record in arrays.records]), MAX_TASKS).float()
     return torch.cat([arrays.actions[index].mean(2).flatten(1), tasks], dim=1)
 
 

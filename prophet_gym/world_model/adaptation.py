@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
+    MEMORY,
+    check_validation,
     encode_frames,
     finished_pipeline,
     fit_proprioception,
@@ -15,6 +19,7 @@ from prophet_gym.world_model.training import (
     save_pipeline,
     set_robots,
 )
+from prophet_gym.world_model.transformer import with_memory
 
 RECIPES: dict[str, dict[str, Any]] = {
     # A few episodes: a quarter of an hour on one core.
@@ -24,8 +29,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 3e-4},
     },
-    # Many episodes, of further robots too: about a third of a training from scratch.
+    # Many episodes, of further robots too; a transformer without a memory gets one.
     "extend": {
+        "memory": MEMORY,
         "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
         "transformer": {"steps": 900, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
         "decoder": {"steps": 1000, "batch_size": 32, "learning_rate": 5e-4},
@@ -76,7 +82,7 @@ def adapt(
 
     Raises:
         ValueError: unknown recipe, lora_rank below 1, or episodes of another stride, size or robot state than the
-            pipeline's, or of more robots than it has slots.
+            pipeline's, of more robots than it has slots, or of robots that do not agree with it, see `set_robots`.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:
@@ -97,7 +103,12 @@ def adapt(
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     set_robots(pipeline, train_arrays)
+    check_validation(pipeline, val_arrays)
     stages = RECIPES[recipe]
+    if "memory" in stages and not pipeline.transformer.config.memory:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
     latents = encode_frames(pipeline.vae, train_arrays.frames)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)

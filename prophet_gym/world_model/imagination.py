@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from tqdm.auto import tqdm
 
-from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.clips import EpisodeArrays, concatenate
 from prophet_gym.training import best_precision
 from prophet_gym.world_model.action_conditioning import HOLD_DIM, carried_motion, init_hold, update_hold
 from prophet_gym.world_model.pipeline import ProphetPipeline
@@ -59,6 +59,12 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     A judge that trains on them learns what success and failure look like where Prophet is vague.
     """
     chosen = torch.linspace(0, len(arrays.starts) - 1, min(count, len(arrays.starts))).long()
+    lengths = arrays.lengths[chosen]
+    return concatenate([_imagine(pipeline, arrays, chosen[lengths == length], seed) for length in lengths.unique()])
+
+
+def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Tensor, seed: int) -> EpisodeArrays:
+    """The episodes `chosen` (N,), all of one length, in imagination."""
     device = pipeline.device
     with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
         frames, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))

@@ -96,8 +96,9 @@ class ProphetPipeline(DiffusionPipeline):
             other suites action frames and crops are black, and nothing is carried.
         action_streams (`str`): "both"; "scalars", where no camera is used at all, as for data without cameras; or
             "frames", where the transformer sees the actions only as what the camera shows of them.
-        robots (`dict[str, list[str]]`, *optional*): the suites of each robot, in the order of the slots of the
-            proprioception model. The robot of any other suite is taken for the first one.
+        robots (`list[tuple[str, list[str]]]`, *optional*): (name, suites) of each robot, in the order of the slots of
+            the proprioception model. The robot of any other suite, that of a user's own start among them, is taken for
+            the first one.
 
     The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
@@ -116,12 +117,22 @@ class ProphetPipeline(DiffusionPipeline):
         control_hz: int = 20,
         num_inference_steps: int = 1,
         cameras: dict[str, list[list[float]]] | None = None,
-        robots: dict[str, list[str]] | None = None,
+        robots: list[Any] | None = None,
         action_streams: str = "both",
     ) -> None:
         super().__init__()
         if action_streams not in ACTION_STREAMS:
             raise ValueError(f"Unknown action_streams {action_streams!r}; choose one of {ACTION_STREAMS}.")
+        body = proprioception.config
+        robots = robots or []
+        if len(robots) > body.robots:
+            raise ValueError(f"The proprioception model has {body.robots} slots, got {len(robots)} robots.")
+        condition_dim = body.frame_stride * body.action_dim + 2 * body.proprio_dim + body.robots
+        if transformer.config.condition_dim != condition_dim:
+            raise ValueError(
+                f"The transformer takes conditions of {transformer.config.condition_dim} numbers, and this "
+                f"proprioception model makes {condition_dim}: build it with condition_dim={condition_dim}."
+            )
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
@@ -132,7 +143,7 @@ class ProphetPipeline(DiffusionPipeline):
             control_hz=control_hz,
             num_inference_steps=num_inference_steps,
             cameras=cameras or {},
-            robots=robots or {},
+            robots=[[name, list(suites)] for name, suites in robots],
             action_streams=action_streams,
         )
         self.set_progress_bar_config(disable=True)
@@ -164,7 +175,7 @@ class ProphetPipeline(DiffusionPipeline):
                 cameras={
                     "libero_object": [[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]]
                 },
-                robots={"panda": ["libero_object"]},
+                robots=[("panda", ["libero_object"])],
             )
 
     @property
@@ -412,7 +423,7 @@ class ProphetPipeline(DiffusionPipeline):
 
     def robot(self, suites: Sequence[str]) -> torch.Tensor:
         """The slots of the robots of some episodes, int64 (B,)."""
-        slots = {suite: slot for slot, known in enumerate(self.config.robots.values()) for suite in known}
+        slots = {suite: slot for slot, (_, known) in enumerate(self.config.robots) for suite in known}
         return torch.tensor([slots.get(suite, 0) for suite in suites])
 
     def _check_inputs(

@@ -39,12 +39,17 @@ from prophet_gym.world_model.pipeline import (
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 
+MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
+"""Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
+
 STAGES = ("transformer", "decoder", "transformer-own-history")
 """After the autoencoder. The last one is against drift: the history is what the first two imagine. The decoder must not
 follow once more: the transformer has learned to go on from this one's frames (measured: 0.3 dB lost)."""
 
 IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
+
+_TINY_MODELS: dict[str, Any] = {"autoencoder": {}, "proprioception": {}, "transformer": {"memory": MEMORY}}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About two hours on two cores with bfloat16 units.
@@ -54,24 +59,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
-        "models": {
-            "autoencoder": {},
-            "proprioception": {},
-            "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6))},
-        },
+        "models": _TINY_MODELS,
     },
-    # The same models, trained about as briefly as `prophet adapt` does: what a few episodes give without pretraining.
+    # The same models for the steps of `prophet adapt`, and an autoencoder of their own: what a few episodes give
+    # without pretraining.
     "brief": {
         "autoencoder": {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 7e-4},
-        "models": {
-            "autoencoder": {},
-            "proprioception": {},
-            "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6))},
-        },
+        "models": _TINY_MODELS,
     },
     # About 130 million weights, for one GPU.
     "base": {
@@ -88,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
             "proprioception": {"hidden_dim": 256, "width": 384},
             "transformer": {
-                "memory": ((2, 1, 2), (4, 1, 4), (12, 3, 6)),
+                "memory": MEMORY,
                 "conv_channels": 256,
                 "num_attention_heads": 12,
                 "attention_head_dim": 64,
@@ -397,8 +395,6 @@ def transformer_loss(
         if imagined is not None:
             own = torch.rand(batch_size, 1, 1, 1, 1, generator=generator) < 0.75
             history[:, 1:] = torch.where(own, imagined.history[clip.rows[:, :recent]].float(), history[:, 1:])
-        if history_noise:
-            history[:, 1:] += history_noise * torch.randn(history[:, 1:].shape, generator=generator)
         history = history.to(device)
         losses = []
         for chunk in range(chunks):
@@ -412,10 +408,14 @@ def transformer_loss(
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
+            shown = history[:, -1:]
+            if history_noise:
+                noisy = history_noise * torch.randn(history.shape, generator=generator).to(device)
+                history = torch.cat([history[:, :1], history[:, 1:] + noisy[:, 1:]], dim=1)
             carried = carry_latents(history, condition.motion, pipeline.vae.spatial_compression)
             velocity = transformer(sample, sigma, history, condition.scalars, condition.action_frames, carried)
             predicted = sample - level * velocity
-            moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
+            moved = (clean - history[:, :1]).abs() + (clean - shown).abs()
             moved = moved.mean(2, keepdim=True)
             weight = 1 + moving_weight * moved / moved.mean()
             losses.append((weight * (predicted - clean).square()).mean())
@@ -511,28 +511,52 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
     numbers that are zero in all its actions are not obeyed. Suites that are new join their robot's.
 
     Raises:
-        ValueError: there are more robots than slots.
+        ValueError: there are more robots than slots, a suite is another robot's, or a known robot uses an action that
+            it did not obey before.
     """
-    model, robots = pipeline.proprioception, {name: list(suites) for name, suites in pipeline.config.robots.items()}
+    model, robots = pipeline.proprioception, {name: list(suites) for name, suites in pipeline.config.robots}
     of_frame = torch.repeat_interleave(torch.arange(len(arrays.records)), arrays.lengths)
     last = arrays.starts + arrays.lengths - 1
-    for name in sorted({record.robot for record in arrays.records} - robots.keys()):
+    for name in sorted({record.robot for record in arrays.records}):
+        own = torch.tensor([record.robot == name for record in arrays.records])
+        inside = own[of_frame].clone()
+        inside[last] = False
+        used = (arrays.actions[inside] != 0).any(0).any(0)
+        if name in robots:
+            obeyed = model.action_mask[list(robots).index(name)].cpu() > 0
+            if (used & ~obeyed).any():
+                raise ValueError(
+                    f"{name!r} obeys the actions {obeyed.nonzero()[:, 0].tolist()} in this pipeline, and the episodes "
+                    f"use {used.nonzero()[:, 0].tolist()}: give it another name, so that it takes a slot of its own."
+                )
+            continue
         slot = len(robots)
         if slot == model.config.robots:
             raise ValueError(f"No slot is free for {name!r}: the pipeline has {slot}, of {sorted(robots)}.")
         robots[name] = []
-        own = torch.tensor([record.robot == name for record in arrays.records])
+        model.action_mask[slot] = used.float()
         inside = own[of_frame].clone()
         model.proprio_mean[slot] = arrays.proprio[inside].mean(0)
         model.proprio_std[slot] = arrays.proprio[inside].std(0).clamp(min=0.01)
         inside[last] = False
         change = arrays.proprio[1:][inside[:-1]] - arrays.proprio[:-1][inside[:-1]]
         model.delta_std[slot] = change.std(0).clamp(min=0.001)  # an orientation may be fixed
-        model.action_mask[slot] = (arrays.actions[inside] != 0).any(0).any(0).float()
-    for record in arrays.records:
-        if record.suite not in robots[record.robot]:
-            robots[record.robot].append(record.suite)
-    pipeline.register_to_config(robots=robots)
+    for suite, name in sorted({(record.suite, record.robot) for record in arrays.records}):
+        others = [other for other, suites in robots.items() if suite in suites and other != name]
+        if others:
+            raise ValueError(
+                f"The suite {suite!r} is {others[0]!r}'s, and these episodes of it are {name!r}'s: rename it."
+            )
+        if suite not in robots[name]:
+            robots[name].append(suite)
+    pipeline.register_to_config(robots=[[name, suites] for name, suites in robots.items()])
+
+
+def check_validation(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
+    """Raise a ValueError where validation episodes are of a suite or robot without a slot."""
+    known = {(name, suite) for name, suites in pipeline.config.robots for suite in suites}
+    if unknown := {(record.robot, record.suite) for record in arrays.records} - known:
+        raise ValueError(f"Validation has episodes of {sorted(unknown)}, training only of {sorted(known)}.")
 
 
 def _psnr(error: torch.Tensor) -> float:
@@ -543,21 +567,23 @@ def _psnr(error: torch.Tensor) -> float:
 def _validate(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, stage: str, writer: SummaryWriter, step: int
 ) -> None:
-    """Replay 16 validation episodes open loop; log PSNR by horizon and write a video, real above imagined."""
-    chosen = torch.linspace(0, len(arrays.starts) - 1, min(16, len(arrays.starts))).long()
-    imagined, _ = replay_episodes(pipeline, arrays, chosen, range(len(chosen)))
-    real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]
-    length = real.shape[1] - 1
-    error = (imagined.float() - real.float()) / 127.5
-    for frame in (pipeline.chunk_frames, 10, 20, length):
-        if frame <= length:
-            writer.add_scalar(f"{stage}/validation_psnr_frame_{frame}", _psnr(error[:, frame]), step)
-    writer.add_scalar(f"{stage}/validation_psnr_episode", _psnr(error[:, 1:]), step)
-    pairs = torch.cat([real, imagined], dim=2)[::2]  # (8, T, 2 H, W, 3)
-    video = list(pairs.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy())
-    imageio.mimwrite(
-        out / f"validation-{stage}-{step:06d}.mp4", video, fps=pipeline.config.control_hz / pipeline.frame_stride
-    )
+    """Replay 8 validation episodes of each suite open loop; log PSNR by horizon and write videos, real above
+    imagined."""
+    for suite in sorted({record.suite for record in arrays.records}):
+        own = torch.tensor([k for k, record in enumerate(arrays.records) if record.suite == suite])
+        chosen = own[torch.linspace(0, len(own) - 1, min(8, len(own))).long()]
+        imagined, _ = replay_episodes(pipeline, arrays, chosen, range(len(chosen)))
+        real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]
+        length = real.shape[1] - 1
+        error = (imagined.float() - real.float()) / 127.5
+        for frame in (pipeline.chunk_frames, 10, 20, length):
+            if frame <= length:
+                writer.add_scalar(f"{stage}/{suite}/validation_psnr_frame_{frame}", _psnr(error[:, frame]), step)
+        writer.add_scalar(f"{stage}/{suite}/validation_psnr_episode", _psnr(error[:, 1:]), step)
+        pairs = torch.cat([real, imagined], dim=2)  # (8, T, 2 H, W, 3)
+        video = list(pairs.permute(1, 2, 0, 3, 4).flatten(2, 3).numpy())
+        fps = pipeline.config.control_hz / pipeline.frame_stride
+        imageio.mimwrite(out / f"validation-{stage}-{suite}-{step:06d}.mp4", video, fps=fps)
 
 
 def train(
@@ -630,6 +656,7 @@ def train(
     )
 
     set_robots(pipeline, train_arrays)
+    check_validation(pipeline, val_arrays)
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
 
     if "autoencoder" in recipe:
