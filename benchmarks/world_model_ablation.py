@@ -35,9 +35,8 @@ from prophet_gym.evaluation.video_metrics import moving_psnr, psnr
 from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
-from prophet_gym.world_model.training import encode_frames, imagine_training_episodes, transformer_loss
+from prophet_gym.world_model.training import MEMORY, encode_frames, imagine_training_episodes, transformer_loss
 
-MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 SMALL = {"conv_channels": 64, "conv_blocks": (1, 2), "num_attention_heads": 3, "num_layers": 2, "adaln_lora_dim": 16}
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3

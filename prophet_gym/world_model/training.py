@@ -408,14 +408,14 @@ def transformer_loss(
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
-            shown = history[:, -1:]
+            given = history
             if history_noise:
-                noisy = history_noise * torch.randn(history.shape, generator=generator).to(device)
-                history = torch.cat([history[:, :1], history[:, 1:] + noisy[:, 1:]], dim=1)
-            carried = carry_latents(history, condition.motion, pipeline.vae.spatial_compression)
-            velocity = transformer(sample, sigma, history, condition.scalars, condition.action_frames, carried)
+                errors = history_noise * torch.randn(history[:, 1:].shape, generator=generator).to(device)
+                given = torch.cat([history[:, :1], history[:, 1:] + errors], dim=1)
+            carried = carry_latents(given, condition.motion, pipeline.vae.spatial_compression)
+            velocity = transformer(sample, sigma, given, condition.scalars, condition.action_frames, carried)
             predicted = sample - level * velocity
-            moved = (clean - history[:, :1]).abs() + (clean - shown).abs()
+            moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
             moved = moved.mean(2, keepdim=True)
             weight = 1 + moving_weight * moved / moved.mean()
             losses.append((weight * (predicted - clean).square()).mean())
@@ -518,8 +518,8 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
     of_frame = torch.repeat_interleave(torch.arange(len(arrays.records)), arrays.lengths)
     last = arrays.starts + arrays.lengths - 1
     for name in sorted({record.robot for record in arrays.records}):
-        own = torch.tensor([record.robot == name for record in arrays.records])
-        inside = own[of_frame].clone()
+        own = torch.tensor([record.robot == name for record in arrays.records])[of_frame]
+        inside = own.clone()  # frames that another one follows
         inside[last] = False
         used = (arrays.actions[inside] != 0).any(0).any(0)
         if name in robots:
@@ -535,10 +535,8 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
             raise ValueError(f"No slot is free for {name!r}: the pipeline has {slot}, of {sorted(robots)}.")
         robots[name] = []
         model.action_mask[slot] = used.float()
-        inside = own[of_frame].clone()
-        model.proprio_mean[slot] = arrays.proprio[inside].mean(0)
-        model.proprio_std[slot] = arrays.proprio[inside].std(0).clamp(min=0.01)
-        inside[last] = False
+        model.proprio_mean[slot] = arrays.proprio[own].mean(0)
+        model.proprio_std[slot] = arrays.proprio[own].std(0).clamp(min=0.01)
         change = arrays.proprio[1:][inside[:-1]] - arrays.proprio[:-1][inside[:-1]]
         model.delta_std[slot] = change.std(0).clamp(min=0.001)  # an orientation may be fixed
     for suite, name in sorted({(record.suite, record.robot) for record in arrays.records}):

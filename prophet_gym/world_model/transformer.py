@@ -77,9 +77,8 @@ def with_memory(transformer: _Transformer, memory: Sequence[tuple[int, int, int]
     config = {key: value for key, value in transformer.config.items() if key in own}
     copy = type(transformer)(**config | {"memory": tuple(memory)})
     copy.load_state_dict(copy.state_dict() | transformer.state_dict())
-    nn.Module.to(
-        copy, transformer.device, transformer.dtype
-    )  # `ModelMixin.to` would warn of modules to keep in float32
+    # `ModelMixin.to` would warn of modules to keep in float32.
+    nn.Module.to(copy, transformer.device, transformer.dtype)
     return copy.train(transformer.training)
 
 
