@@ -34,8 +34,15 @@ from prophet_gym.envs.models import load_world_model
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr
 from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
-from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
-from prophet_gym.world_model.training import MEMORY, encode_frames, imagine_training_episodes, transformer_loss
+from prophet_gym.world_model.imagination import (
+    encode_frames,
+    episode_seeds,
+    frame_rows,
+    imagine_training_episodes,
+    replay_episodes,
+)
+from prophet_gym.world_model.losses import transformer_loss
+from prophet_gym.world_model.training import MEMORY
 
 SMALL = {"conv_channels": 64, "conv_blocks": (1, 2), "num_attention_heads": 3, "num_layers": 2, "adaln_lora_dim": 16}
 BATCH_SIZE = 16

@@ -110,7 +110,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.data,
         arguments.report,
         reward_model=arguments.reward_model,
-        split=arguments.split,
+        splits=arguments.split,
         episodes=arguments.episodes,
     )
 
@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("data", nargs="+", help="folders written by `prophet record`")
     evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
     evaluate.add_argument("--reward-model", default="reward-libero", help="folder, or the name of a shipped one")
-    evaluate.add_argument("--split", default="val", choices=("val", "test"))
+    evaluate.add_argument("--split", nargs="+", default=["val"], choices=("val", "test"), help="one, or both together")
     evaluate.add_argument("--episodes", type=int, default=None, help="at most this many of each suite")
     evaluate.set_defaults(run=_evaluate)
     return parser

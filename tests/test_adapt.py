@@ -20,7 +20,8 @@ from prophet_gym.data.lerobot_format import LeRobotWriter
 from prophet_gym.training import LossFn
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
-from prophet_gym.world_model.training import encode_frames, proprioception_loss, transformer_loss
+from prophet_gym.world_model.imagination import encode_frames
+from prophet_gym.world_model.losses import proprioception_loss, transformer_loss
 
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
 LORA = pytest.param(4, marks=pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `lora`"))

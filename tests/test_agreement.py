@@ -65,8 +65,8 @@ def episode(index: int, split: str) -> Episode:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     writer = LeRobotWriter(root, fps=5, frame_stride=4, camera=CAMERA, image_size=96)
-    for index in range(30):
-        writer.write_episode(index, episode(index, "train" if index < 24 else "val"))
+    for index in range(32):
+        writer.write_episode(index, episode(index, "train" if index < 24 else "val" if index < 30 else "test"))
     writer.finalize()
     return root
 
@@ -104,6 +104,15 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert report["actions"]["episodes"] == 6
 
 
+def test_two_splits_are_measured_together(data: Path, tmp_path: Path) -> None:
+    results = evaluate(
+        ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge(), splits=("val", "test")
+    )
+    assert results["libero_object"]["splits"] == ["val", "test"]
+    assert results["libero_object"]["video"]["episodes"] == 8
+    assert results["all"]["outcome"]["all"]["real_frames"]["episodes"] == 8
+
+
 def test_training_data_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='Expected split "val" or "test"'):
-        evaluate(ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge(), split="train")
+    with pytest.raises(ValueError, match='Expected the splits "val", "test" or both'):
+        evaluate(ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge(), splits=("train",))

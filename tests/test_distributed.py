@@ -19,7 +19,8 @@ from test_world_model import episodes
 import prophet_gym.training
 from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model import ProphetAutoencoder, ProphetPipeline, ProprioceptionModel
-from prophet_gym.world_model.training import autoencoder_loss, proprioception_loss, train
+from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss
+from prophet_gym.world_model.training import train
 
 SEED = 3
 LEARNING_RATE = 1e-2

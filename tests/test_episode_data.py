@@ -228,7 +228,7 @@ def test_parallel_writers_and_resume(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(write, (0, 1, 3)))
     writer = make_writer(tmp_path)
-    assert [writer.has_episode(index) for index in range(5)] == [True, True, False, True, False]
+    assert [writer.written(index) is not None for index in range(5)] == [True, True, False, True, False]
     for total in (None, 4):
         with pytest.raises(FileNotFoundError, match="lacks 1 of 4 episodes, the first is 2"):
             writer.finalize(total)
@@ -259,7 +259,7 @@ def test_finalize_is_repeatable_and_extension_unfinalizes(tmp_path: Path) -> Non
 def test_crossing_a_chunk_of_files(tmp_path: Path) -> None:
     writer = make_writer(tmp_path)
     writer.write_episode(1001, EPISODES[0])
-    assert (tmp_path / "data/chunk-001/file-001.parquet").is_file() and writer.has_episode(1001)
+    assert (tmp_path / "data/chunk-001/file-001.parquet").is_file() and writer.written(1001) is not None
 
 
 def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from prophet_gym.data.episode import SEED_SPLITS, SPLITS
 from prophet_gym.data.instructions import TABLE
+from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.simulators import fetch, metaworld
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
@@ -22,7 +24,7 @@ from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under,
 from prophet_gym.simulators.experts.noise import ActionNoise, RandomMotion, point_in_disc
 from prophet_gym.simulators.experts.rehearsal import disturbed
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
-from prophet_gym.simulators.recording import EpisodePlan, plan_episodes, record, record_episode
+from prophet_gym.simulators.recording import EpisodePlan, check_resumed, plan_episodes, record, record_episode
 from prophet_gym.simulators.suites import SUITES
 
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
@@ -221,6 +223,17 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     goal = plan_episodes("libero_goal", 120, seed=0)
     assert Counter(plan.task for plan in goal) == dict.fromkeys(EXPERT_TASKS["libero_goal"], 20)
     assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}
+
+
+def test_a_recording_resumes_its_own_episodes_alone(tmp_path: Path) -> None:
+    plan = plan_episodes("libero_object", 1, seed=3)[0]
+    facts = {name: getattr(plan, name) for name in ("task", "seed", "split", "kind", "init_state")}
+    names = {"suite": "libero_object", "instruction": "x", "robot": "panda"}
+    earlier = EpisodeRecord(episode_index=0, length=41, success=True, **facts, **names)
+    check_resumed(tmp_path, earlier, "libero_object", plan)
+    for change in ({"seed": 4}, {"split": "test"}, {"kind": "policy"}, {"suite": "libero_spatial"}):
+        with pytest.raises(ValueError, match="resume with the same suite, seed, split and policy, or choose another"):
+            check_resumed(tmp_path, dataclasses.replace(earlier, **change), "libero_object", plan)
 
 
 def test_plans_of_the_recordings_that_were_trained_on_stay_as_they_are():

@@ -16,7 +16,8 @@ from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.evaluation.agreement import _next_chunks
 from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
 from prophet_gym.world_model.history import FramePackMemory, advance_history, split_history
-from prophet_gym.world_model.training import encode_frames, imagine_training_episodes, transformer_loss
+from prophet_gym.world_model.imagination import encode_frames, imagine_training_episodes
+from prophet_gym.world_model.losses import transformer_loss
 from prophet_gym.world_model.transformer import with_memory
 
 LEVELS = ((2, 1, 2), (4, 2, 6))

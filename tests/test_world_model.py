@@ -29,21 +29,17 @@ from prophet_gym.world_model.action_conditioning import (
     update_hold,
 )
 from prophet_gym.world_model.history import advance_history
-from prophet_gym.world_model.imagination import imagine_episodes, track_holds
-from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
-from prophet_gym.world_model.training import (
+from prophet_gym.world_model.imagination import imagine_episodes, imagine_training_episodes, track_holds
+from prophet_gym.world_model.losses import (
     _Window,
     autoencoder_loss,
-    camera_projection,
-    check_validation,
     contact_weights,
     decoder_loss,
-    imagine_training_episodes,
     proprioception_loss,
-    set_robots,
-    train,
     transformer_loss,
 )
+from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
+from prophet_gym.world_model.training import camera_projection, check_validation, set_robots, train
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 from torch.nn import functional as F
 
-from prophet_gym.data.clips import EpisodeArrays, load_arrays, subset
+from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
@@ -85,7 +85,7 @@ def evaluate(
     report: str | os.PathLike[str],
     *,
     reward_model: str | RewardModel = "reward-libero",
-    split: str = "val",
+    splits: Sequence[str] = ("val",),
     episodes: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def evaluate(
         data: folders written by `prophet record`. The actions-only control is trained on their training split.
         report: folder of the report; made if needed.
         reward_model: a reward model, its folder, or the name of a shipped one.
-        split: "val" or "test". episodes: at most this many of each suite. seed: of the world model's noise.
+        splits: "val", "test" or both, taken together. episodes: at most this many of each suite.
+        seed: of the world model's noise.
 
     Returns:
         The content of `results.json`: for each suite `video` (see `video_report`), `proprio` (error of the estimated
@@ -107,11 +108,11 @@ def evaluate(
         outcomes of all suites together under "all".
 
     Raises:
-        ValueError: the split is "train": no number is reported on data that a model was trained on.
+        ValueError: a split is "train", on which the models were trained, or otherwise neither "val" nor "test".
         TypeError: the checkpoint is not a `ProphetPipeline`.
     """
-    if split == "train":
-        raise ValueError('Expected split "val" or "test": the models were trained on "train".')
+    if not splits or not set(splits) <= {"val", "test"}:
+        raise ValueError(f'Expected the splits "val", "test" or both, got {splits!r}: models were trained on "train".')
     pipeline, judge = resolve_models(checkpoint, reward_model, "auto", "auto")
     if not isinstance(pipeline, ProphetPipeline):
         raise TypeError(f"Expected a ProphetPipeline, its folder or name, got {type(pipeline).__name__}.")
@@ -123,7 +124,7 @@ def evaluate(
     for suite in sorted({record.suite for dataset in datasets for record in dataset.records}):
         held_out = [dataset for dataset in datasets if any(record.suite == suite for record in dataset.records)]
         held_out = [dataset.select(suite=suite) for dataset in held_out]
-        arrays = load_arrays(held_out, split)
+        arrays = concatenate([load_arrays(held_out, split) for split in splits])
         if episodes is not None:
             arrays, _ = subset(arrays, episodes, seed)
         chosen = torch.arange(len(arrays.records))
@@ -133,7 +134,7 @@ def evaluate(
         video, curves = video_report(pipeline, arrays, real, imagined, seed)
         verdicts.append(_verdicts(judge, arrays, real, imagined, pipeline.chunk_frames, held_out))
         results[suite] = {
-            "split": split,
+            "splits": list(splits),
             "video": video,
             "proprio": _proprio_report(estimates, arrays.proprio[rows[:, :: pipeline.chunk_frames]][:, 1:]),
             "actions": actions_report(pipeline, arrays, real, imagined, seed),
@@ -144,7 +145,7 @@ def evaluate(
     together = Verdicts(
         **{field.name: np.concatenate([getattr(some, field.name) for some in verdicts]) for field in fields(Verdicts)}
     )
-    results["all"] = {"split": split, "outcome": together.report()}
+    results["all"] = {"splits": list(splits), "outcome": together.report()}
     write_report(report, results)
     return results
 

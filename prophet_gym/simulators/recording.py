@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prophet_gym.data.episode import Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
-from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
 from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation
 
@@ -117,7 +117,7 @@ def record(
         the folder of the finished data set.
 
     Raises:
-        ValueError: an unknown suite or split, or a count below 1.
+        ValueError: an unknown suite or split, a count below 1, or `out` holds episodes of another recording.
         ImportError: the suite's simulator is not installed; names the extra that brings it.
     """
     if suite not in SUITES:
@@ -253,12 +253,27 @@ def _record_task(
     camera = simulation.camera()
     writer = _writer(root, camera, SUITES[suite].robot)
     for plan in plans:
-        if not writer.has_episode(plan.index):
+        earlier = writer.written(plan.index)
+        if earlier is not None:
+            check_resumed(root, earlier, suite, plan)
+        else:
             torch.manual_seed(plan.seed)  # the policy's noise
             writer.write_episode(plan.index, record_episode(simulation, plan, policy))
         _written.put(plan.index)
     simulation.close()
     return camera
+
+
+def check_resumed(root: Path, earlier: EpisodeRecord, suite: str, plan: EpisodePlan) -> None:
+    """Raise a ValueError where an episode of an earlier run is not the one that this recording plans."""
+    facts = ("task", "seed", "split", "kind", "init_state")
+    got, expected = ({name: getattr(some, name) for name in facts} for some in (earlier, plan))
+    got["suite"], expected["suite"] = earlier.suite, suite
+    if got != expected:
+        raise ValueError(
+            f"Episode {plan.index} in {root} is {got}, this recording plans {expected}: resume with the same suite, "
+            "seed, split and policy, or choose another folder."
+        )
 
 
 def _writer(root: Path, camera: dict[str, list[list[float]]], robot: Robot) -> LeRobotWriter:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.world_model.imagination import encode_frames
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
     MEMORY,
     check_validation,
-    encode_frames,
     finished_pipeline,
+    fit_autoencoder,
     fit_proprioception,
     fit_video,
     save_pipeline,
@@ -29,13 +30,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 3e-4},
     },
-    # Many episodes, of further robots too; a transformer without a memory gets one.
+    # Many episodes, of all robots that the pipeline shall know, old and new: the encoder learns too, because one that
+    # has seen a single robot has no room for another's looks. A transformer without a memory gets one.
     "extend": {
         "memory": MEMORY,
         "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
-        "transformer": {"steps": 900, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
-        "decoder": {"steps": 1000, "batch_size": 32, "learning_rate": 5e-4},
-        "transformer-own-history": {"steps": 700, "batch_size": 16, "learning_rate": 4e-4},
+        "autoencoder": {"steps": 3000, "batch_size": 32, "learning_rate": 1.5e-3},
+        "transformer": {"steps": 1500, "batch_size": 16, "learning_rate": 7e-4, "max_chunks": 1},
+        "decoder": {"steps": 1200, "batch_size": 32, "learning_rate": 7e-4},
+        "transformer-own-history": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
     },
     # Seconds, for tests.
     "debug": {
@@ -45,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
     },
 }
-"""Steps of the stages of `prophet_gym.world_model.training.PRESETS`, less the autoencoder."""
+"""Steps of the stages of `prophet_gym.world_model.training.PRESETS`."""
 
 
 def adapt(
@@ -62,8 +65,8 @@ def adapt(
 ) -> ProphetPipeline:
     """Go on training a pipeline on other episodes and save it to `out / pipeline`; run again after a kill to resume.
 
-    The stages are those of `train` without the autoencoder: the encoder and the statistics of known robots stay, for
-    the transformer knows their latents; proprioception, transformer and decoder learn. A new robot takes a free slot.
+    The stages are those of `train`, and the statistics of known robots stay. The encoder stays too, for the transformer
+    knows its latents, unless the recipe says otherwise. A new robot takes a free slot.
     It may run in several processes, as `train` may.
 
     Args:
@@ -110,6 +113,8 @@ def adapt(
             torch.manual_seed(seed)
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
+    if "autoencoder" in stages:  # latents keep their statistics: the transformer is near what it has to learn
+        fit_autoencoder(pipeline, train_arrays, out, stages, seed)
     latents = encode_frames(pipeline.vae, train_arrays.frames)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
     save_pipeline(pipeline, out)

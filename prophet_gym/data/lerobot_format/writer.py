@@ -43,7 +43,7 @@ class LeRobotWriter:
 
         writer = LeRobotWriter(root, fps=5, frame_stride=4, camera=camera, image_size=96, robot="panda")
         for index in mine:
-            if not writer.has_episode(index):
+            if writer.written(index) is None:
                 writer.write_episode(index, record(index))
         ...
         writer.finalize(total_episodes=1000)
@@ -89,9 +89,18 @@ class LeRobotWriter:
         self.action_mask = [bool(used) for used in action_mask]
         self.action_units = action_units
 
-    def has_episode(self, index: int) -> bool:
-        """Whether episode ``index`` is completely on disk."""
-        return episode_path(self.root, index).is_file()
+    def written(self, index: int) -> EpisodeRecord | None:
+        """What episode ``index`` is, if it is completely on disk.
+
+        :raises ValueError: its file is damaged.
+        """
+        path = episode_path(self.root, index)
+        if not path.is_file():
+            return None
+        metadata = read_table(path, columns=["episode_index"]).schema.metadata or {}
+        if b"prophet" not in metadata:
+            raise ValueError(f"{path} was not written by `prophet record`: choose another folder.")
+        return EpisodeRecord(**json.loads(metadata[b"prophet"])["record"])
 
     def write_episode(self, index: int, episode: Episode) -> Path:
         """Write one episode; its file appears whole or not at all. An earlier episode of that index is replaced.
