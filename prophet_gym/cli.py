@@ -121,7 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     record = commands.add_parser("record", help="record episodes of a real simulator as a LeRobot v3 data set")
-    record.add_argument("--suite", required=True, help="libero_object, libero_spatial, libero_goal, metaworld or fetch")
+    record.add_argument(
+        "--suite", required=True, help="libero_object, libero_spatial, libero_goal, libero_10, metaworld or fetch"
+    )
     record.add_argument("--episodes", type=int, default=500)
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0)

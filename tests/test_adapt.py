@@ -21,7 +21,7 @@ from prophet_gym.training import LossFn
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import encode_frames
-from prophet_gym.world_model.losses import proprioception_loss, transformer_loss
+from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss, transformer_loss
 
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
 LORA = pytest.param(4, marks=pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `lora`"))
@@ -118,6 +118,23 @@ def test_a_recipe_can_give_a_memory(base: Path, tmp_path: Path, monkeypatch: pyt
     adapt(load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="debug")
     assert load(tmp_path / "out" / "pipeline").transformer.buffer_frames == load(base).transformer.buffer_frames + 2
     assert "memory" in adaptation.RECIPES["extend"]
+
+
+def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latents' statistics stay, so that the transformer starts from what it knows."""
+    stage = {"steps": 20, "batch_size": 4, "learning_rate": 3e-3}
+    monkeypatch.setitem(adaptation.RECIPES, "debug", adaptation.RECIPES["debug"] | {"autoencoder": stage})
+    arrays = new_world(4)
+    adapted, old = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="debug"), load(base)
+    projections = old.projection([record.suite for record in arrays.records])
+    before, after = (
+        np.mean([loss(0, torch.Generator().manual_seed(k))[0].item() for k in range(4)])
+        for loss in (autoencoder_loss(some.vae, arrays, projections, 16) for some in (old, adapted))
+    )
+    assert after < before
+    assert not torch.equal(adapted.vae.encoder[1].weight, old.vae.encoder[1].weight)
+    assert torch.equal(adapted.vae.latent_mean, old.vae.latent_mean)
+    assert "autoencoder" in adaptation.RECIPES["extend"]
 
 
 @pytest.mark.slow

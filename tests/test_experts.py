@@ -43,7 +43,7 @@ class KinematicScene:
     """A hand that moves a third of the way to each goal, and a box that it carries while closed around it."""
 
     objects: dict[str, Box]
-    goal: tuple[str, ...] = ("in", "can_1", "basket_1_contain_region")
+    goals: list[tuple[str, ...]] = field(default_factory=lambda: [("in", "can_1", "basket_1_contain_region")])
     eef_position: np.ndarray = field(default_factory=lambda: np.array([-0.15, 0.0, 0.25]))
     eef_rotation: np.ndarray = field(default_factory=lambda: DOWN.copy())
     held: str | None = None
@@ -113,9 +113,18 @@ def test_clean_expert_puts_the_object_in_the_basket():
 def test_a_surface_is_a_place_too():
     scene = make_scene()
     scene.surfaces["cabinet_1_top_side"] = Box(np.array([0.05, 0.15, 0.2]), np.array([0.2, 0.2, 0.004]))
-    scene.goal = ("on", "can_1", "cabinet_1_top_side")
+    scene.goals = [("on", "can_1", "cabinet_1_top_side")]
     run(scene, NOISE_RECIPES["clean"])
     assert np.abs(scene.objects["can_1"].center[:2] - [0.05, 0.15]).max() < 0.03
+
+
+def test_two_goals_are_met_one_after_the_other():
+    scene = make_scene()
+    scene.goals = [("in", "can_1", "basket_1_contain_region"), ("in", "milk_1", "basket_1_contain_region")]
+    actions, expert = run(scene, NOISE_RECIPES["clean"], steps=320)
+    assert expert.finished and (np.diff(actions[:, 6]) > 0).sum() == 2
+    for name in ("can_1", "milk_1"):
+        assert np.abs(scene.objects[name].center[:2] - scene.objects["basket_1"].center[:2]).max() < 0.03
 
 
 def test_actions_do_not_depend_on_whether_the_object_was_grasped():
@@ -156,8 +165,8 @@ def test_early_release_opens_the_fingers_on_the_way():
 
 def test_a_goal_that_is_no_pick_and_place_is_refused():
     scene = make_scene()
-    scene.goal = ("open", "cabinet_1_top_region")
-    with pytest.raises(ValueError, match="an object in or on another"):
+    scene.goals = [("in", "can_1", "basket_1_contain_region"), ("open", "cabinet_1_top_region")]
+    with pytest.raises(ValueError, match="objects in or on others"):
         PickAndPlace(scene, NoiseRecipe(), np.random.default_rng(0))
 
 

@@ -240,19 +240,22 @@ def test_a_policy_acts_in_the_place_of_the_scripts(env):
     assert np.array_equal(record_episode(env.simulation, plan, policy).frames, episode.frames)
 
 
-@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_goal", 4)])
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_goal", 4), ("libero_10", 0)])
 def test_an_experts_actions_earn_reward_one(suite, task):
     from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace
+    from prophet_gym.simulators.suites import SUITES
 
-    env = LiberoEnv(suite=suite, task=task, split="val")
+    steps = SUITES[suite].control_steps
+    env = LiberoEnv(suite=suite, task=task, split="val", max_chunks=steps // 8)
     _, info = env.reset(seed=0, options={"init_state": 40})
+    assert "SCENE" not in info["instruction"]
     expert = PickAndPlace(env.simulation, NOISE_RECIPES["clean"], np.random.default_rng(0))
     actions = []
-    for _ in range(160):
+    for _ in range(steps):
         actions.append(expert.act())
         env.simulation.step(actions[-1].astype(float))
     env.reset(options={"init_state": 40})
-    for chunk in np.array(actions).reshape(20, 8, 7):
+    for chunk in np.array(actions).reshape(-1, 8, 7):
         _, reward, terminated, truncated, info = env.step(chunk)
         if terminated or truncated:
             break

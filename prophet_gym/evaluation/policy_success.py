@@ -123,7 +123,7 @@ def evaluate_in_libero(
 def evaluate_expert(
     suite: str, starts: NDArray[np.int64], *, split: str = "val", seed: int = 0, workers: int = 2
 ) -> Rollouts:
-    """How often the undisturbed scripted expert stands successful at the end of its 160 control steps.
+    """How often the undisturbed scripted expert stands successful at the end of its control steps.
 
     Args:
         suite, starts, split, workers: as in `evaluate_in_libero`. seed: of the expert's own choices.

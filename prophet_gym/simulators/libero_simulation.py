@@ -7,6 +7,7 @@ lazily and turns a failure into a readable error.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class LiberoSimulation:
     def __init__(self, suite: str, task: int, image_size: int = 96) -> None:
         name = task_names(suite)[task]
         self.suite, self.task, self.image_size = suite, task, image_size
-        self.instruction = name.replace("_", " ")
+        # libero_10 puts a scene before the sentence, such as LIVING_ROOM_SCENE2_.
+        self.instruction = re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ")
         self.init_states: Array = load_initial_states(
             os.path.join(get_libero_path("init_states"), suite, f"{name}.pruned_init")
         )
@@ -196,9 +198,9 @@ class LiberoSimulation:
         return self._data.site_xmat[self._site].reshape(3, 3).copy()
 
     @property
-    def goal(self) -> tuple[str, ...]:
-        """The first goal predicate of the task, e.g. ``("on", "akita_black_bowl_1", "plate_1")``."""
-        return tuple(self._env.env.parsed_problem["goal_state"][0])
+    def goals(self) -> list[tuple[str, ...]]:
+        """The task's goal predicates, all of which must hold, e.g. ``[("on", "akita_black_bowl_1", "plate_1")]``."""
+        return [tuple(goal) for goal in self._env.env.parsed_problem["goal_state"]]
 
     @property
     def object_names(self) -> list[str]:

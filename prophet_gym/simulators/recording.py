@@ -1,9 +1,9 @@
 """Record data sets in the real simulators: scripted successes, honest failures and counterfactuals, or rollouts of a
 policy.
 
-All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 96 and 25 in Meta-World) whatever
-happens in them, and a script's actions never depend on whether the object was grasped: else a judge could read the
-outcome off the actions.
+All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 240 and 61 in libero_10, 96 and 25 in
+Meta-World) whatever happens in them, and a script's actions never depend on whether the object was grasped: else a
+judge could read the outcome off the actions.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ SUITES = {
         expert=PickAndPlace,
         starts=SPLITS,
         counterfactuals=("shifted", "elsewhere"),
-        control_steps=160,
+        control_steps=240 if suite == "libero_10" else 160,  # two objects, one after the other
         jitter_share=0.5,
     )
     for suite, tasks in EXPERT_TASKS.items()

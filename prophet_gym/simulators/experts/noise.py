@@ -39,6 +39,7 @@ NOISE_SHARES = {
     "libero_object": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "libero_spatial": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "libero_goal": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
+    "libero_10": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "metaworld": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "fetch": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
 }

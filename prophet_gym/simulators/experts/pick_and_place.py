@@ -7,7 +7,6 @@ as possible about its outcome.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from prophet_gym.simulators.experts.grasp_planning import (
     Boxes,
     Geometry,
-    Grasp,
     bottom,
     extent,
     highest_under,
@@ -39,7 +37,7 @@ class Scene(Protocol):
     """What the expert sees of a simulation; :class:`LiberoSimulation` provides it."""
 
     @property
-    def goal(self) -> tuple[str, ...]: ...
+    def goals(self) -> list[tuple[str, ...]]: ...
 
     @property
     def object_names(self) -> list[str]: ...
@@ -60,11 +58,13 @@ class Scene(Protocol):
 
 @dataclass(frozen=True)
 class Waypoint:
-    """One leg of the script: go to ``position`` (3,) m with the fingers at ``gripper``; next when closer than
-    ``tolerance`` (m) after at least ``min_steps``, or after ``max_steps`` control steps in any case."""
+    """One leg of the script: go to ``position`` (3,) m with the fingers at ``gripper``, their axis at ``angle`` (rad);
+    next when closer than ``tolerance`` (m) after at least ``min_steps``, or after ``max_steps`` control steps in any
+    case."""
 
     name: str
     position: Array
+    angle: float
     gripper: float
     tolerance: float
     max_steps: int
@@ -72,7 +72,9 @@ class Waypoint:
 
 
 class PickAndPlace:
-    """Picks the goal's first object and puts it in or on the second, which is an object or a fixture's surface.
+    """For each of the task's goals picks an object and puts it in or on another one, or on a fixture's surface.
+
+    All is planned at the start, so that the second object's motions do not tell what became of the first.
 
     Args:
         scene: the simulation at the episode's start.
@@ -80,29 +82,36 @@ class PickAndPlace:
         rng: the source of all its randomness.
 
     Raises:
-        ValueError: the task's goal is another one.
+        ValueError: a goal is another one.
     """
 
     def __init__(self, scene: Scene, recipe: NoiseRecipe, rng: np.random.Generator) -> None:
-        relation, target, container = scene.goal[0], scene.goal[1], scene.goal[-1].removesuffix("_contain_region")
         places = {"in": scene.object_names, "on": scene.object_names + scene.surface_names}
-        if container not in places.get(relation, []):
+        goals = [(goal[0], goal[1], goal[-1].removesuffix("_contain_region")) for goal in scene.goals]
+        if any(container not in places.get(relation, []) for relation, _, container in goals):
             raise ValueError(
-                f"PickAndPlace puts an object in or on another or on a surface, but the goal is {scene.goal}. "
+                f"PickAndPlace puts objects in or on others or on surfaces, but the goals are {scene.goals}. "
                 f"Movable objects: {scene.object_names}; surfaces: {scene.surface_names}."
             )
         if rng.uniform() < recipe.wrong_object:
-            target = str(rng.choice([name for name in scene.object_names if name not in (target, container)]))
+            named = [name for goal in goals for name in goal[1:]]
+            others = [name for name in scene.object_names if name not in named]
+            goals[0] = (goals[0][0], str(rng.choice(others)), goals[0][2])
         self._scene = scene
         self._noise = ActionNoise(recipe.action_sigma, rng)
-        self._container = scene.geometry(container)
-        self._hand_angle = float(np.arctan2(scene.eef_rotation[1, 0], scene.eef_rotation[0, 0]))
-        self._hollow = "bowl" in target or "ramekin" in target
-        self._grasp = self._plan(target)
-        self._grasp_error = point_in_disc(recipe.grasp_offset, rng)
-        self._place_error = point_in_disc(recipe.place_offset, rng)
-        self._rest = scene.eef_position + np.append(rng.uniform(-0.08, 0.08, 2), rng.uniform(-0.02, 0.06))
-        self._legs = self._script(target, inside=relation == "in")
+        errors = [(point_in_disc(recipe.grasp_offset, rng), point_in_disc(recipe.place_offset, rng)) for _ in goals]
+        rest = scene.eef_position + np.append(rng.uniform(-0.08, 0.08, 2), rng.uniform(-0.02, 0.06))
+        angle = float(np.arctan2(scene.eef_rotation[1, 0], scene.eef_rotation[0, 0]))
+        self._legs: list[Waypoint] = []
+        for (relation, target, container), (grasp_error, place_error) in zip(goals, errors, strict=True):
+            legs = self._script(target, container, relation == "in", angle, grasp_error, place_error)
+            if self._legs:  # stay above the last place until the hand is over the next object
+                height = max(self._legs[-1].position[2], legs[0].position[2])
+                over = np.append(legs[0].position[:2], height)
+                self._legs.append(Waypoint("cross", over, legs[0].angle, OPEN, 0.03, 40))
+            self._legs += legs
+            angle = legs[-1].angle
+        self._legs.append(Waypoint("rest", rest, angle, OPEN, 0.0, 1))
         self._early_release_at = 999
         if rng.uniform() < recipe.early_release:
             self._early_release_at = int(rng.integers(2, 30))  # control steps after the lift began
@@ -130,44 +139,42 @@ class PickAndPlace:
         motion = np.concatenate(
             [
                 _POSITION_GAIN * (leg.position - position),
-                _ROTATION_GAIN * _rotation_error(_downward(self._angle), self._scene.eef_rotation),
+                _ROTATION_GAIN * _rotation_error(_downward(leg.angle), self._scene.eef_rotation),
             ]
         )
         action = np.append(np.clip(np.clip(motion, -1.0, 1.0) + self._noise(), -1.0, 1.0), gripper)
         return action.astype(np.float32)
 
-    def _plan(self, target: str) -> Grasp:
-        obstacles = self._scene.obstacles(target)
-        grasp = plan_grasp(self._scene.geometry(target), self._hollow, obstacles, self._hand_angle)
+    def _script(
+        self, name: str, container_name: str, inside: bool, hand_angle: float, grasp_error: Array, place_error: Array
+    ) -> list[Waypoint]:
+        target, container = self._scene.geometry(name), self._scene.geometry(container_name)
+        obstacles, hollow = self._scene.obstacles(name), "bowl" in name or "ramekin" in name
+        grasp = plan_grasp(target, hollow, obstacles, hand_angle)
         # the fingers are symmetric: of the two equal angles take the one nearer to the hand's
-        self._angle = grasp.angle + np.pi * round((self._hand_angle - grasp.angle) / np.pi)
-        return grasp
-
-    def _script(self, name: str, inside: bool) -> Sequence[Waypoint]:
-        target = self._scene.geometry(name)
-        grip = self._grasp.position + np.append(self._grasp_error, 0.0)
-        above_bottom = grip[2] - bottom(target, self._hollow)  # how high the grip site is on the object
-        container_top = top(self._container)
+        angle = grasp.angle + np.pi * round((hand_angle - grasp.angle) / np.pi)
+        grip = grasp.position + np.append(grasp_error, 0.0)
+        above_bottom = grip[2] - bottom(target, hollow)  # how high the grip site is on the object
+        container_top = top(container)
         release = container_top + above_bottom + (-0.03 if inside else 0.004)
-        place = self._container.center[:2] + self._grasp.position[:2] - target.center[:2] + self._place_error
-        if self._hollow:
+        place = container.center[:2] + grasp.position[:2] - target.center[:2] + place_error
+        if hollow:
             place = place + TIPPING * target.rotation[:2, 2]
         path = np.linspace(target.center[:2], place, 15)[:, None] + _AROUND * extent(target)[:2]
-        highest = max(highest_under(path.reshape(-1, 2), self._scene.obstacles(name)), container_top + 0.01)
+        highest = max(highest_under(path.reshape(-1, 2), obstacles), container_top + 0.01)
         carry = max(highest + above_bottom + 0.03, grip[2] + 0.05)
         hover = grip[2] + 0.07
         above, over = np.append(place, carry), np.append(place, release)
-        return (
-            Waypoint("hover", np.append(grip[:2], hover), OPEN, 0.012, 40),
-            Waypoint("descend", grip, OPEN, 0.006, 20),
-            Waypoint("grasp", grip, CLOSE, 1.0, 9, 9),
-            Waypoint("lift", np.append(grip[:2], carry), CLOSE, 0.02, 25),
-            Waypoint("move", above, CLOSE, 0.012, 40),
-            Waypoint("lower", over, CLOSE, 0.006, 18),
-            Waypoint("release", over, OPEN, 1.0, 8, 8),
-            Waypoint("retreat", above + np.array([0.0, 0.0, 0.03]), OPEN, 0.02, 15),
-            Waypoint("rest", self._rest, OPEN, 0.0, 1),
-        )
+        return [
+            Waypoint("hover", np.append(grip[:2], hover), angle, OPEN, 0.012, 40),
+            Waypoint("descend", grip, angle, OPEN, 0.006, 20),
+            Waypoint("grasp", grip, angle, CLOSE, 1.0, 9, 9),
+            Waypoint("lift", np.append(grip[:2], carry), angle, CLOSE, 0.02, 25),
+            Waypoint("move", above, angle, CLOSE, 0.012, 40),
+            Waypoint("lower", over, angle, CLOSE, 0.006, 18),
+            Waypoint("release", over, angle, OPEN, 1.0, 8, 8),
+            Waypoint("retreat", above + np.array([0.0, 0.0, 0.03]), angle, OPEN, 0.02, 15),
+        ]
 
 
 def _downward(angle: float) -> Array:
