@@ -13,6 +13,7 @@ from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
     MEMORY,
     check_validation,
+    encode_standardized,
     finished_pipeline,
     fit_autoencoder,
     fit_proprioception,
@@ -113,9 +114,11 @@ def adapt(
             torch.manual_seed(seed)
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
-    if "autoencoder" in stages:  # latents keep their statistics: the transformer is near what it has to learn
+    if "autoencoder" in stages:
         fit_autoencoder(pipeline, train_arrays, out, stages, seed)
-    latents = encode_frames(pipeline.vae, train_arrays.frames)
+        latents = encode_standardized(pipeline.vae, train_arrays.frames)  # training may have scaled them
+    else:
+        latents = encode_frames(pipeline.vae, train_arrays.frames)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
     save_pipeline(pipeline, out)
     return pipeline

@@ -175,12 +175,13 @@ def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[lis
     return projections
 
 
-def _standardize_latents(vae: ProphetAutoencoder, latents: torch.Tensor) -> torch.Tensor:
-    """Make the statistics of raw latents (N, C, h, w) part of the autoencoder; return the latents standardised."""
-    mean, std = latents.float().mean((0, 2, 3)), latents.float().std((0, 2, 3))
-    vae.latent_mean.copy_(mean)
-    vae.latent_std.copy_(std)
-    return ((latents.float() - mean[:, None, None]) / std[:, None, None]).half()
+def encode_standardized(vae: ProphetAutoencoder, frames: torch.Tensor) -> torch.Tensor:
+    """Encode frames as `encode_frames` does, and make the mean and scale of their latents part of the autoencoder."""
+    latents = encode_frames(vae, frames).float()
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    vae.latent_mean.add_(vae.latent_std * mean.to(vae.device))
+    vae.latent_std.mul_(std.to(vae.device))
+    return ((latents - mean[:, None, None]) / std[:, None, None]).half()
 
 
 def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
@@ -331,7 +332,7 @@ def train(
 
     if "autoencoder" in recipe:
         fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
-        latents = _standardize_latents(vae, encode_frames(vae, train_arrays.frames))
+        latents = encode_standardized(vae, train_arrays.frames)
     else:
         latents = encode_frames(vae, train_arrays.frames)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
