@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
-from prophet_gym.evaluation.agreement import evaluate
+from prophet_gym.evaluation.agreement import Verdicts, concatenate_verdicts, evaluate
 from prophet_gym.evaluation.video_metrics import psnr
 from prophet_gym.world_model import ProphetPipeline
 
@@ -111,6 +111,22 @@ def test_two_splits_are_measured_together(data: Path, tmp_path: Path) -> None:
     assert results["libero_object"]["splits"] == ["val", "test"]
     assert results["libero_object"]["video"]["episodes"] == 8
     assert results["all"]["outcome"]["all"]["real_frames"]["episodes"] == 8
+
+
+def test_suites_of_different_lengths_are_counted_together() -> None:
+    """Peaks decide, and a shorter episode's peak stays what it was."""
+
+    def verdicts(chunks: int, peak_at: int) -> Verdicts:
+        peaks = np.zeros((2, chunks))
+        peaks[0, peak_at] = 0.9
+        ones = np.ones(2)
+        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, ones * 0.9, ones * 0.5)
+
+    together = concatenate_verdicts([verdicts(3, 1), verdicts(5, 4)])
+    assert together.solved.shape == (4, 5)
+    report = together.report()["all"]
+    assert report["imagined_frames"]["accuracy"] == 1 and report["imagined_frames"]["episodes"] == 4
+    assert together.solved.any(1).tolist() == [True, False, True, False]
 
 
 def test_training_data_are_refused(data: Path, tmp_path: Path) -> None:

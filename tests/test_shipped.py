@@ -8,13 +8,14 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import prophet_gym
 from fagrpo import FlowPolicy
-from prophet_gym.envs.models import WEIGHTS
+from prophet_gym.envs.models import WEIGHTS, load_world_model
 from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
 
 MIB = 2**20
@@ -46,6 +47,21 @@ def test_the_arm_follows_the_actions() -> None:
     changed = np.abs(observation["image"].astype(int) - start["image"]).max(-1) > 40
     columns = [np.argwhere(mask)[:, 1].mean() for mask in changed]
     assert abs(columns[0] - columns[1]) > 5 and changed.mean() < 0.5
+
+
+def test_the_shipped_prophet_knows_three_robots() -> None:
+    """Sawyer and Fetch have no say in their hand's orientation; the Panda has."""
+    pipeline = load_world_model("prophet-libero-tiny", "cpu")
+    assert {name for name, _ in pipeline.config.robots} == {"panda", "sawyer", "fetch"}
+    assert pipeline.config.cameras.keys() >= {suite for _, suites in pipeline.config.robots for suite in suites}
+    image = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    image[1] = image[0]
+    actions = torch.full((2, 8, 7), 0.3)
+    actions[1, :, 3:6] = -0.3
+    for suite, turns in (("libero_spatial", True), ("metaworld", False), ("fetch", False)):
+        noise = [torch.Generator().manual_seed(0) for _ in range(2)]
+        frames, _ = pipeline.replay(image, torch.zeros(2, 8), actions, [suite] * 2, noise)
+        assert torch.equal(frames[0], frames[1]) != turns
 
 
 def test_the_shipped_policy_acts() -> None:

@@ -79,6 +79,19 @@ class Verdicts:
         return report
 
 
+def concatenate_verdicts(parts: Sequence[Verdicts]) -> Verdicts:
+    """The episodes of all parts; shorter ones stay as they end, so that their peaks are what they were."""
+    chunks = max(part.solved.shape[1] for part in parts)
+
+    def join(name: str) -> NDArray[Any]:
+        values = [getattr(part, name) for part in parts]
+        if values[0].ndim == 1:
+            return np.concatenate(values)
+        return np.concatenate([np.pad(some, ((0, 0), (0, chunks - some.shape[1])), mode="edge") for some in values])
+
+    return Verdicts(**{field.name: join(field.name) for field in fields(Verdicts)})
+
+
 def evaluate(
     checkpoint: str | ProphetPipeline,
     data: Sequence[str | os.PathLike[str]],
@@ -142,10 +155,7 @@ def evaluate(
         }
         draw_suite(report, suite, curves, real, imagined)
         logger.info("%s: %s", suite, json.dumps(results[suite], indent=1))
-    together = Verdicts(
-        **{field.name: np.concatenate([getattr(some, field.name) for some in verdicts]) for field in fields(Verdicts)}
-    )
-    results["all"] = {"splits": list(splits), "outcome": together.report()}
+    results["all"] = {"splits": list(splits), "outcome": concatenate_verdicts(verdicts).report()}
     write_report(report, results)
     return results
 
