@@ -17,28 +17,19 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from world_model_ablation import difference
+from world_model_ablation import Scores, difference, video_scores
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import load_world_model
-from prophet_gym.evaluation.video_metrics import moving_psnr, psnr
 from prophet_gym.world_model import ProphetPipeline
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
 from prophet_gym.world_model.training import camera_projections, train
 
-Scores = dict[str, NDArray[np.float64]]
-
-
-def video_scores(imagined: torch.Tensor, real: torch.Tensor) -> Scores:
-    """PSNR of every episode, dB: (N,) each."""
-    frames = psnr(imagined[:, 1:].numpy(), real[:, 1:].numpy()).clamp(max=60).numpy()
-    moving = np.nanmean(moving_psnr(imagined.numpy(), real.numpy()).numpy(), axis=1)
-    return {"episode": frames.mean(1), "last frame": frames[:, -1], "moving pixels": moving}
+METRICS = ("episode", "last frame", "moving pixels", "end-effector (cm)", "at the end (cm)")
 
 
 @torch.inference_mode()
@@ -96,12 +87,11 @@ def main() -> None:
         videos[name], results[name] = imagine(pipeline, held_out)
 
     table = Table(title=f"{len(real)} episodes, open loop: PSNR (dB), mean (standard deviation over episodes)")
-    metrics = list(results["adapted"])
-    for column in ("", *metrics, "against scratch [95%]"):
+    for column in ("", *METRICS, "against scratch [95%]"):
         table.add_column(column)
     for name, scores in results.items():
         mean, low, high = difference(scores["episode"], results["scratch"]["episode"])
-        cells = [f"{scores[key].mean():.2f} ({scores[key].std():.2f})" if key in scores else "" for key in metrics]
+        cells = [f"{scores[key].mean():.2f} ({scores[key].std():.2f})" if key in scores else "" for key in METRICS]
         table.add_row(name, *cells, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
     Console(width=150).print(table)
 

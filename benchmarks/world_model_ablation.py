@@ -103,11 +103,15 @@ def train_variant(
 
 @torch.inference_mode()
 def measure(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> Scores:
-    """PSNR of every validation episode, imagined open loop: (N,) each, dB; `drift` is (N, T), frame by frame."""
+    """`video_scores` of every validation episode, imagined open loop."""
     chosen = torch.arange(len(arrays.starts))
     imagined, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
-    real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]
-    frames = psnr(imagined[:, 1:].numpy(), real[:, 1:].numpy()).numpy()
+    return video_scores(imagined, arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)])
+
+
+def video_scores(imagined: torch.Tensor, real: torch.Tensor) -> Scores:
+    """PSNR of videos uint8 (N, T + 1, H, W, 3), dB, 60 for equal frames: (N,) each; `drift`, by frame, is (N, T)."""
+    frames = psnr(imagined[:, 1:].numpy(), real[:, 1:].numpy()).clamp(max=60).numpy()
     moving = moving_psnr(imagined.numpy(), real.numpy()).numpy()
     return {
         "episode": frames.mean(1),

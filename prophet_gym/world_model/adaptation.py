@@ -7,13 +7,11 @@ from typing import Any
 import torch
 
 from prophet_gym.data.clips import EpisodeArrays
-from prophet_gym.world_model.imagination import encode_frames
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
     MEMORY,
     check_validation,
-    encode_standardized,
     finished_pipeline,
     fit_autoencoder,
     fit_proprioception,
@@ -114,11 +112,7 @@ def adapt(
             torch.manual_seed(seed)
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
-    if "autoencoder" in stages:
-        fit_autoencoder(pipeline, train_arrays, out, stages, seed)
-        latents = encode_standardized(pipeline.vae, train_arrays.frames)  # training may have scaled them
-    else:
-        latents = encode_frames(pipeline.vae, train_arrays.frames)
+    latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
     save_pipeline(pipeline, out)
     return pipeline

@@ -175,15 +175,6 @@ def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[lis
     return projections
 
 
-def encode_standardized(vae: ProphetAutoencoder, frames: torch.Tensor) -> torch.Tensor:
-    """Encode frames as `encode_frames` does, and make the mean and scale of their latents part of the autoencoder."""
-    latents = encode_frames(vae, frames).float()
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    vae.latent_mean.add_(vae.latent_std * mean.to(vae.device))
-    vae.latent_std.mul_(std.to(vae.device))
-    return ((latents - mean[:, None, None]) / std[:, None, None]).half()
-
-
 def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
     """Give every robot of `arrays` that the pipeline does not know a slot, with its statistics and its action mask: the
     numbers that are zero in all its actions are not obeyed. Suites that are new join their robot's.
@@ -329,12 +320,7 @@ def train(
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
-
-    if "autoencoder" in recipe:
-        fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
-        latents = encode_standardized(vae, train_arrays.frames)
-    else:
-        latents = encode_frames(vae, train_arrays.frames)
+    latents = fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
     save_pipeline(pipeline, out)
     return pipeline
@@ -362,12 +348,25 @@ def fit_proprioception(
 
 def fit_autoencoder(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
-) -> None:
-    """The stage of the autoencoder, encoder and decoder, as `fit_proprioception`."""
+) -> torch.Tensor:
+    """The stage of the autoencoder, as `fit_proprioception`, if the recipe has one; the mean and scale of its latents
+    become part of it.
+
+    Returns:
+        float16 (N, C, h, w), all frames of `arrays` encoded.
+    """
+    vae = pipeline.vae
+    if "autoencoder" not in recipe:
+        return encode_frames(vae, arrays.frames)
     stage = dict(recipe["autoencoder"])
     projections = pipeline.projection([record.suite for record in arrays.records])
-    loss_fn = autoencoder_loss(pipeline.vae, arrays, projections, stage.pop("batch_size"))
-    fit("autoencoder", pipeline.vae, loss_fn, out, seed=seed, **stage)
+    loss_fn = autoencoder_loss(vae, arrays, projections, stage.pop("batch_size"))
+    fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
+    latents = encode_frames(vae, arrays.frames).float()
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    vae.latent_mean.add_(vae.latent_std * mean.to(vae.device))
+    vae.latent_std.mul_(std.to(vae.device))
+    return ((latents - mean[:, None, None]) / std[:, None, None]).half()
 
 
 def fit_video(
