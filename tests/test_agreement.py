@@ -88,7 +88,7 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
     assert outcome["actions_only"]["accuracy"] == 1
     # The real frames are red from the first chunk's end, so within it, too, the judge is right.
-    assert report["outcome"]["within 1 chunks"].keys() == {"real_frames", "imagined_frames"}
+    assert report["outcome"]["within 1 chunks"].keys() == {"real_frames", "imagined_frames", "actions_only"}
     assert report["outcome"]["within 1 chunks"]["real_frames"]["accuracy"] == 1
 
     video = report["video"]
@@ -120,7 +120,7 @@ def test_suites_of_different_lengths_are_counted_together() -> None:
         peaks = np.zeros((2, chunks))
         peaks[0, peak_at] = 0.9
         ones = np.ones(2)
-        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, ones * 0.9, ones * 0.5)
+        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, peaks, ones * 0.5)
 
     together = concatenate_verdicts([verdicts(3, 1), verdicts(5, 4)])
     assert together.solved.shape == (4, 5)

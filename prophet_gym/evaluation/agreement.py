@@ -12,27 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
-from torch import nn
-from torch.nn import functional as F
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
+from prophet_gym.evaluation.actions_only import predict_from_actions
 from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, optical_flow
 from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel, thresholds
-from prophet_gym.reward.training import episode_metrics, episode_peaks
+from prophet_gym.reward.training import episode_metrics
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
 
-
-MAX_TASKS = 100
-"""More tasks than a suite has."""
 
 COUNTERFACTUAL_EPISODES = 16
 """Episodes that are imagined with other actions than their own."""
@@ -48,7 +44,7 @@ class Verdicts:
     Attributes:
         kind: (E,), as in `Episode`. solved: (E, C), by the real simulator at the end of each chunk.
         real_frames, imagined_frames: (E, C), the judge's probability at the end of each chunk.
-        actions_only: (E,), probability of the control that sees the actions alone, all of them.
+        actions_only: (E, C), that of the control, see `predict_from_actions`; its threshold is 0.5.
         threshold: (E,), of the judge's probability.
     """
 
@@ -61,7 +57,7 @@ class Verdicts:
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
         """`episode_metrics` of each of the three, over all episodes and by kind; and of what is solved within a
-        quarter, a half and three quarters of the episode, without the control, which sees how it goes on."""
+        quarter, a half and three quarters of the episode."""
         everything, chunks = np.ones(len(self.kind), bool), self.solved.shape[1]
         groups = {"all": (everything, chunks)}
         groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
@@ -70,12 +66,12 @@ class Verdicts:
         report = {}
         for group, (rows, horizon) in groups.items():
             solved = self.solved[rows, :horizon].max(1)
+            limits = {"real_frames": self.threshold, "imagined_frames": self.threshold}
+            limits["actions_only"] = np.full_like(self.threshold, 0.5)
             report[group] = {
-                name: episode_metrics(getattr(self, name)[rows, :horizon].max(1), solved, self.threshold[rows])
-                for name in ("real_frames", "imagined_frames")
+                name: episode_metrics(getattr(self, name)[rows, :horizon].max(1), solved, limit[rows])
+                for name, limit in limits.items()
             }
-            if horizon == chunks:
-                report[group]["actions_only"] = episode_metrics(self.actions_only[rows], solved, 0.5)
         return report
 
 
@@ -284,42 +280,9 @@ def _verdicts(
         solved=arrays.success[ends].numpy(),
         real_frames=_judge(judge, arrays, real, chunk_frames),
         imagined_frames=_judge(judge, arrays, imagined, chunk_frames),
-        actions_only=_predict_from_actions(load_actions(datasets, "train", chunk_frames), _action_features(arrays)),
+        actions_only=predict_from_actions(load_arrays(datasets, "train", progress=False), arrays, chunk_frames),
         threshold=thresholds(judge, [record.suite for record in arrays.records]),
     )
-
-
-def load_actions(
-    datasets: Sequence[EpisodeDataset], split: str, chunk_frames: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the actions (E, D) and outcomes (E,) of a split, for the control that sees nothing else."""
-    arrays = load_arrays(datasets, split, progress=False)
-    _, solved = episode_peaks(arrays, torch.zeros(len(arrays.frames)), chunk_frames)
-    return _action_features(arrays), torch.from_numpy(solved)
-
-
-def _action_features(arrays: EpisodeArrays) -> torch.Tensor:
-    """Mean action of every video step, and the task: float (E, T * 7 + MAX_TASKS)."""
-    length = int(arrays.lengths.min())
-    index = arrays.starts[:, None] + torch.arange(length - 1)
-    tasks = F.one_hot(torch.tensor([record.task for record in arrays.records]), MAX_TASKS).float()
-    return torch.cat([arrays.actions[index].mean(2).flatten(1), tasks], dim=1)
-
-
-def _predict_from_actions(control: tuple[torch.Tensor, torch.Tensor], features: torch.Tensor) -> NDArray[np.float64]:
-    """Fit a small network to (actions, outcome) of the training episodes; probabilities for `features`, float (E,)."""
-    inputs, outcomes = control
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 1))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=1e-2)
-        for _ in range(400):
-            loss = F.binary_cross_entropy_with_logits(network(inputs)[:, 0], outcomes.float())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.inference_mode():
-        return torch.sigmoid(network.eval()(features)[:, 0]).double().numpy()
 
 
 def _judge(

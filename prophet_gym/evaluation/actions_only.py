@@ -1,0 +1,81 @@
+"""The control of every outcome agreement: how much do the actions alone, without any world model, say about success?"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.instructions import embed_instructions
+
+
+class ActionsOnly(nn.Module):
+    """A recurrent network of the actions so far and the instruction.
+
+    Args:
+        action_dim: A. embedding_dim: size of the instruction embedding. hidden_dim: width.
+    """
+
+    def __init__(self, action_dim: int, embedding_dim: int, hidden_dim: int = 96) -> None:
+        super().__init__()
+        self.action_in = nn.Sequential(nn.Linear(action_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1))
+        self.task_in = nn.Sequential(nn.Dropout(0.3), nn.Linear(embedding_dim, hidden_dim))
+        self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
+
+    def forward(self, actions: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Logits (E, T) that the task stands solved after each of the actions (E, T, A)."""
+        motion = self.action_in(actions)
+        task = self.task_in(embeddings)[:, None].expand_as(motion)
+        hidden = self.recurrent(torch.cat([motion, task], dim=-1))[0]
+        logits: torch.Tensor = self.head(hidden)[..., 0]
+        return logits
+
+
+def predict_from_actions(
+    train_arrays: EpisodeArrays,
+    arrays: EpisodeArrays,
+    chunk_frames: int,
+    *,
+    steps: int = 1000,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Train the control on some episodes and let it judge others.
+
+    Args:
+        train_arrays: episodes with frame-wise verdicts; their frames are not looked at.
+        arrays: E episodes to judge, up to the last whole chunk of the shortest.
+        chunk_frames: frames in a chunk.
+        steps, batch_size, seed: of the training.
+
+    Returns:
+        Probability of success at the end of each chunk, (E, C).
+    """
+    actions, embeddings = _inputs(train_arrays)
+    length = actions.shape[1]
+    solved = train_arrays.success[train_arrays.starts[:, None] + 1 + torch.arange(length)].float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ActionsOnly(actions.shape[-1], embeddings.shape[-1])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        for _ in range(steps):
+            rows = torch.randint(len(actions), (batch_size,))
+            noisy = actions[rows] + 0.03 * torch.randn(batch_size, 1, actions.shape[-1])
+            loss = F.binary_cross_entropy_with_logits(network(noisy, embeddings[rows]), solved[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.inference_mode():
+        probability = torch.sigmoid(network.eval()(*_inputs(arrays)))
+    return probability[:, chunk_frames - 1 :: chunk_frames].double().numpy()
+
+
+def _inputs(arrays: EpisodeArrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean action of every video step, (E, T, A), and the instruction's embedding, (E, D)."""
+    index = arrays.starts[:, None] + torch.arange(int(arrays.lengths.min()) - 1)
+    embeddings = embed_instructions([record.instruction for record in arrays.records])
+    return arrays.actions[index].mean(2), torch.from_numpy(embeddings)
