@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.instructions import embed_instructions
 
+STEPS, BATCH_SIZE = 1000, 64
+
 
 class ActionsOnly(nn.Module):
     """A recurrent network of the actions so far and the instruction.
@@ -33,22 +35,13 @@ class ActionsOnly(nn.Module):
         return logits
 
 
-def predict_from_actions(
-    train_arrays: EpisodeArrays,
-    arrays: EpisodeArrays,
-    chunk_frames: int,
-    *,
-    steps: int = 1000,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """Train the control on some episodes and let it judge others.
+def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chunk_frames: int) -> NDArray[np.float64]:
+    """Train the control on some episodes, the same way each time, and let it judge others.
 
     Args:
         train_arrays: episodes with frame-wise verdicts; their frames are not looked at.
         arrays: E episodes to judge, up to the last whole chunk of the shortest.
         chunk_frames: frames in a chunk.
-        steps, batch_size, seed: of the training.
 
     Returns:
         Probability of success at the end of each chunk, (E, C).
@@ -57,13 +50,13 @@ def predict_from_actions(
     length = actions.shape[1]
     solved = train_arrays.success[train_arrays.starts[:, None] + 1 + torch.arange(length)].float()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         network = ActionsOnly(actions.shape[-1], embeddings.shape[-1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-        for _ in range(steps):
-            rows = torch.randint(len(actions), (batch_size,))
-            noisy = actions[rows] + 0.03 * torch.randn(batch_size, 1, actions.shape[-1])
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+        for _ in range(STEPS):
+            rows = torch.randint(len(actions), (BATCH_SIZE,))
+            noisy = actions[rows] + 0.03 * torch.randn(BATCH_SIZE, 1, actions.shape[-1])
             loss = F.binary_cross_entropy_with_logits(network(noisy, embeddings[rows]), solved[rows])
             optimizer.zero_grad()
             loss.backward()

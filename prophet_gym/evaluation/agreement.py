@@ -63,11 +63,11 @@ class Verdicts:
         groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
         horizons = sorted({max(1, chunks * quarter // 4) for quarter in (1, 2, 3)} - {chunks})
         groups |= {f"within {horizon} chunks": (everything, horizon) for horizon in horizons}
+        limits = {"real_frames": self.threshold, "imagined_frames": self.threshold}
+        limits["actions_only"] = np.full_like(self.threshold, 0.5)
         report = {}
         for group, (rows, horizon) in groups.items():
             solved = self.solved[rows, :horizon].max(1)
-            limits = {"real_frames": self.threshold, "imagined_frames": self.threshold}
-            limits["actions_only"] = np.full_like(self.threshold, 0.5)
             report[group] = {
                 name: episode_metrics(getattr(self, name)[rows, :horizon].max(1), solved, limit[rows])
                 for name, limit in limits.items()

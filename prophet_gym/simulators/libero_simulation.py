@@ -34,11 +34,11 @@ from prophet_gym.simulators.hand_pose import proprioception  # noqa: E402
 from prophet_gym.simulators.osc_pose import OscPose  # noqa: E402
 
 if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) < (3, 17):
-    # Measured with 3.3.0: the floor of libero_object is brighter by 36 of 255, and the shipped policy fails there.
+    # Measured with 3.3.0: frames of libero_object differ by 35 of 255 on average, and the shipped policy fails there.
     warnings.warn(
-        f"LIBERO looks different under MuJoCo {mujoco.__version__} than under 3.17, with which everything shipped was "
-        "recorded: neither record nor evaluate with it. Install the extra 'metaworld', which brings an older MuJoCo, "
-        "in an environment of its own, or run: pip install --no-deps mujoco==3.17.0",
+        f"LIBERO looks different under MuJoCo {mujoco.__version__} than under 3.17, which renders the shipped start "
+        "states exactly: neither record nor evaluate with it. Install the extra 'metaworld', which brings an older "
+        "MuJoCo, in an environment of its own, or run: pip install --no-deps mujoco==3.17.0",
         stacklevel=2,
     )
 
