@@ -37,9 +37,8 @@ def imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> tuple[torch.Ten
     """The episodes open loop, uint8 (N, T + 1, H, W, 3), and their scores, with the end-effector's error in cm."""
     chosen = torch.arange(len(arrays.starts))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
-    imagined, estimates = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
-    true = arrays.proprio[rows[:, pipeline.chunk_frames :: pipeline.chunk_frames]]
-    error = 100 * (estimates - true)[..., :3].norm(dim=-1).numpy()
+    imagined, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
+    error = 100 * (proprio - arrays.proprio[rows])[:, 1:, :3].norm(dim=-1).numpy()
     scores = video_scores(imagined, arrays.frames[rows])
     return imagined, scores | {"end-effector (cm)": error.mean(1), "at the end (cm)": error[:, -1]}
 

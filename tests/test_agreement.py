@@ -26,6 +26,7 @@ class RedCornerJudge:
     def score(
         self,
         frames: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],

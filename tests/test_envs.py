@@ -64,7 +64,9 @@ class FakeWorldModel:
         drift = 40 * (actions[:, ::4, None, None, :3].double() + 0.1 * noise)
         latents = (history + drift.cumsum(dim=1)) % 256
         frames = latents.to(torch.uint8).repeat_interleave(24, dim=2).repeat_interleave(24, dim=3)
-        return SimpleNamespace(frames=frames, history=latents[:, -1:], state=state + 0.01 * actions[:, -1, :1])
+        state = state + 0.01 * actions[:, -1, :1]
+        poses = torch.stack([state[:, :8] - 0.5, state[:, :8]], dim=1)
+        return SimpleNamespace(frames=frames, proprio=poses, history=latents[:, -1:], state=state)
 
 
 @dataclass
@@ -76,11 +78,13 @@ class FakeRewardModel:
     def score(
         self,
         frames: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         assert len(frames) == len(lengths) == len(instructions) == len(embeddings) and frames.shape[1] >= lengths.max()
+        assert proprio.shape == (*frames.shape[:2], 8)
         last = frames[np.arange(len(frames)), lengths - 1, ::24, ::24].reshape(len(frames), -1).astype(np.int64)
         return np.float32(last.sum(axis=1) % 97 / 97)
 

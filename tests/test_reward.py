@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.clips import EpisodeArrays, concatenate
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.reward.base import thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
@@ -17,19 +17,25 @@ from prophet_gym.reward.training import (
     choose_threshold,
     episode_metrics,
     episode_peaks,
+    frame_logits,
     train_success_classifier,
 )
 
 INSTRUCTION = "pick up the milk and place it in the basket"
 
 
-def episodes(count: int, length: int = 7, seed: int = 0) -> EpisodeArrays:
-    """Half of the episodes end with a red square in the corner: success from the frame where it appears."""
+def episodes(count: int, length: int = 7, seed: int = 0, told_by: str = "frames") -> EpisodeArrays:
+    """Half of the episodes succeed. Their frames have a red square in the corner from then on, or the hand has gone up
+    just before and is down again."""
     rng = np.random.default_rng(seed)
     frames = rng.integers(0, 60, (count, length, 96, 96, 3), dtype=np.uint8)
     success = np.zeros((count, length), bool)
     success[::2, length // 2 :] = True
-    frames[success, :32, :32] = (250, 20, 20)
+    proprio = np.zeros((count, length, 8), np.float32)
+    if told_by == "frames":
+        frames[success, :32, :32] = (250, 20, 20)
+    else:
+        proprio[::2, length // 2 - 1, 2] = 0.1
     records = tuple(
         EpisodeRecord(
             episode_index=index,
@@ -48,7 +54,7 @@ def episodes(count: int, length: int = 7, seed: int = 0) -> EpisodeArrays:
     )
     return EpisodeArrays(
         frames=torch.from_numpy(frames).flatten(0, 1),
-        proprio=torch.zeros(count * length, 8),
+        proprio=torch.from_numpy(proprio).flatten(0, 1),
         actions=torch.zeros(count * length, 4, 7),
         success=torch.from_numpy(success).flatten(),
         starts=torch.arange(count) * length,
@@ -60,21 +66,27 @@ def episodes(count: int, length: int = 7, seed: int = 0) -> EpisodeArrays:
 def test_score_looks_at_the_start_and_the_valid_end() -> None:
     classifier = SuccessClassifier.tiny_random()
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (3, 6, 96, 96, 3), dtype=np.uint8)
+    frames, proprio = rng.integers(0, 256, (3, 6, 96, 96, 3), dtype=np.uint8), rng.normal(size=(3, 6, 8))
     lengths, embeddings = np.array([1, 4, 6]), rng.normal(size=(3, 384)).astype(np.float32)
-    scores = classifier.score(frames, lengths, [INSTRUCTION] * 3, embeddings)
+
+    def score(frames: np.ndarray, proprio: np.ndarray) -> np.ndarray:
+        return classifier.score(frames, proprio.astype(np.float32), lengths, [INSTRUCTION] * 3, embeddings)
+
+    scores = score(frames, proprio)
     assert scores.shape == (3,) and scores.dtype == np.float32 and ((scores >= 0) & (scores <= 1)).all()
-    changed = frames.copy()
-    changed[1, 4:] = 0  # beyond the end
-    np.testing.assert_array_equal(scores, classifier.score(changed, lengths, [INSTRUCTION] * 3, embeddings))
-    changed[1, 3] = 0
-    assert scores[1] != classifier.score(changed, lengths, [INSTRUCTION] * 3, embeddings)[1]
+    for values in (frames, proprio):
+        kept = values.copy()
+        values[1, 4:] = 0  # beyond the end
+        np.testing.assert_array_equal(scores, score(frames, proprio))
+        values[1, 3] = 0
+        assert scores[1] != score(frames, proprio)[1] and scores[2] == score(frames, proprio)[2]
+        values[...] = kept
 
 
-def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
-    classifier, metrics = train_success_classifier(
-        episodes(16), episodes(12, seed=1), tmp_path, steps=40, batch_size=16
-    )
+@pytest.mark.parametrize("told_by", ["frames", "motion"])
+def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> None:
+    train, val = episodes(16, told_by=told_by), episodes(12, seed=1, told_by=told_by)
+    classifier, metrics = train_success_classifier(train, val, tmp_path, steps=60, batch_size=16, learning_rate=3e-3)
     (suite,) = metrics
     assert metrics[suite]["accuracy"] == 1.0 and metrics[suite]["frame_auroc"] > 0.99
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
@@ -82,10 +94,17 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.logit_scale, classifier.logit_scale)
     # Begun from the result, one step is enough.
     out = tmp_path / "again"
-    _, again = train_success_classifier(
-        episodes(16), episodes(12, seed=1), out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded
-    )
+    _, again = train_success_classifier(train, val, out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded)
     assert again[suite]["accuracy"] == 1.0
+
+
+def test_episodes_of_different_lengths_are_judged_as_alone() -> None:
+    classifier = SuccessClassifier.tiny_random()
+    short, long = episodes(2, length=5, told_by="motion"), episodes(2, length=9, seed=1, told_by="motion")
+    together = frame_logits(classifier, concatenate([short, long]))
+    apart = torch.cat([frame_logits(classifier, one) for one in (short, long)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    assert together.isfinite().all()
 
 
 def test_each_suite_has_its_threshold_and_an_unknown_one_the_highest() -> None:

@@ -154,14 +154,15 @@ def test_a_row_does_not_depend_on_its_neighbours(pipeline: ProphetPipeline, batc
 def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
     images, proprio, actions = inputs(2)
     suites = SUITES[:2]
-    clip, estimates = pipeline.replay(images, proprio, torch.cat([actions, -actions], dim=1), suites, generators(2))
+    clip, poses = pipeline.replay(images, proprio, torch.cat([actions, -actions], dim=1), suites, generators(2))
     noise = generators(2)
     first = pipeline.imagine(
         pipeline.init_history(images), pipeline.init_state(proprio), actions, twice(images), suites, noise
     )
     latest = torch.stack([images, first.frames[:, -1]], dim=1)
     second = pipeline.imagine(first.history, first.state, -actions, latest, suites, noise)
-    assert torch.equal(estimates, torch.stack([first.state[:, :8], second.state[:, :8]], dim=1))
+    assert torch.equal(poses, torch.cat([proprio[:, None], first.proprio, second.proprio], dim=1))
+    assert torch.equal(poses[:, 2::2], torch.stack([first.state[:, :8], second.state[:, :8]], dim=1))
     assert torch.equal(clip, torch.cat([images[:, None], first.frames, second.frames], dim=1))
 
 
@@ -290,16 +291,17 @@ def test_the_config_is_what_the_constructor_takes(tmp_path: Path, caplog: pytest
     assert "not expected" not in caplog.text
 
 
-def test_imagined_episodes_keep_everything_but_the_frames(pipeline: ProphetPipeline) -> None:
+def test_imagined_episodes_keep_actions_and_verdicts(pipeline: ProphetPipeline) -> None:
     arrays = episodes(5)
     imagined = imagine_episodes(pipeline, arrays, count=3, seed=0)
     assert [record.episode_index for record in imagined.records] == [0, 2, 4]
     for k, episode in enumerate((0, 2, 4)):
         rows, real = torch.arange(9) + imagined.starts[k], torch.arange(9) + arrays.starts[episode]
         assert torch.equal(imagined.actions[rows], arrays.actions[real])
-        assert torch.equal(imagined.proprio[rows], arrays.proprio[real])
-        assert torch.equal(imagined.frames[rows[0]], arrays.frames[real[0]])
-        assert not torch.equal(imagined.frames[rows[1:]], arrays.frames[real[1:]])
+        assert torch.equal(imagined.success[rows], arrays.success[real])
+        for own, recorded in ((imagined.frames, arrays.frames), (imagined.proprio, arrays.proprio)):
+            assert torch.equal(own[rows[0]], recorded[real[0]])
+            assert not torch.equal(own[rows[1:]], recorded[real[1:]])
     both = concatenate([arrays, imagined])
     assert torch.equal(both.frames[both.starts[6]], arrays.frames[arrays.starts[2]])
     assert len(both.records) == len(both.lengths) == 8

@@ -23,9 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Imagined(Protocol):
-    """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), history, state."""
+    """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), the proprioception at each of
+    them, float32 (B, chunk_frames, 8), history, state."""
 
     frames: torch.Tensor
+    proprio: torch.Tensor
     history: torch.Tensor
     state: torch.Tensor
 
@@ -53,7 +55,7 @@ class WorldModel(Protocol):
         """Images uint8 (B, H, W, 3) -> history, batch first."""
 
     def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
-        """Proprio float32 (B, 8) -> state (B, S), of which the first 8 numbers are the proprioception."""
+        """Proprio float32 (B, 8) -> state (B, S)."""
 
     def imagine(
         self,

@@ -138,6 +138,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
         frames = 1 + max_chunks * self.world_model.chunk_frames
         self._clips = np.zeros((num_envs, frames, size, size, 3), np.uint8)  # the episode so far, start first
+        self._proprio = np.zeros((num_envs, frames, PROPRIO_DIM), np.float32)  # at each frame
         self._lengths = np.zeros(num_envs, np.int64)  # frames in each clip
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
@@ -145,7 +146,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._done = np.zeros(num_envs, np.bool_)
         self.paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
-        self._state: torch.Tensor | None = None  # (num_envs, S), the proprioception first
+        self._state: torch.Tensor | None = None  # (num_envs, S)
         self._starts: list[StartState | None] = [None] * num_envs
         self._seeds: list[int] = [-1] * num_envs
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
@@ -271,6 +272,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             raise gym.error.ResetNeeded("There is no state before the first reset().")
         state = {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
         state["clips"] = self._clips[:, : self._lengths.max()].copy()
+        state["proprio"] = self._proprio[:, : self._lengths.max()].copy()
         state["np_random"] = [rng.bit_generator.state for rng in self.np_random]
         state["noise"] = [generator.get_state() for generator in self._noise]
         return state
@@ -293,6 +295,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state[name]))
         self._clips[:, : clips.shape[1]] = clips
+        self._proprio[:, : clips.shape[1]] = state["proprio"]
         for i in range(self.num_envs):
             self._rng(i).bit_generator.state = state["np_random"][i]
             self._noise[i].set_state(state["noise"][i])
@@ -323,15 +326,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _begin(self, rows: NDArray[np.int64], starts: Sequence[StartState]) -> None:
         """Begin an episode from ``starts[k]`` in env ``rows[k]``."""
-        images = np.stack([start.image for start in starts])
+        images, proprio = (np.stack([getattr(start, name) for start in starts]) for name in ("image", "proprio"))
         history = self.world_model.init_history(images)
-        state = self.world_model.init_state(torch.from_numpy(np.stack([start.proprio for start in starts])))
+        state = self.world_model.init_state(torch.from_numpy(proprio))
         if self._history is None or self._state is None:
             self._history = history.new_zeros((self.num_envs, *history.shape[1:]))
             self._state = state.new_zeros((self.num_envs, *state.shape[1:]))
         index = torch.from_numpy(rows)
         self._history[index], self._state[index] = history, state
-        self._clips[rows, 0] = images
+        self._clips[rows, 0], self._proprio[rows, 0] = images, proprio
         self._lengths[rows] = 1
         self._done[rows] = False
         for i, start in zip(rows.tolist(), starts, strict=True):
@@ -367,17 +370,20 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
             )
         self._history[index], self._state[index] = chunk.history, chunk.state
-        frames = self.world_model.chunk_frames
-        self._clips[rows[:, None], self._lengths[rows, None] + np.arange(frames)] = chunk.frames.numpy()
-        self._lengths[rows] += frames
+        new = self._lengths[rows, None] + np.arange(self.world_model.chunk_frames)
+        self._clips[rows[:, None], new] = chunk.frames.numpy()
+        self._proprio[rows[:, None], new] = chunk.proprio.numpy()
+        self._lengths[rows] += self.world_model.chunk_frames
         self._judge(rows)
 
     def _judge(self, rows: NDArray[np.int64]) -> None:
         """Let the reward model see the episodes of envs ``rows``."""
         lengths = self._lengths[rows]
-        clips = self._clips[:, : lengths.max()]
+        episodes = (values[:, : lengths.max()] for values in (self._clips, self._proprio))
+        clips, proprio = (values if rows.size == self.num_envs else values[rows] for values in episodes)
         self._probability[rows] = self.reward_model.score(
-            clips if rows.size == self.num_envs else clips[rows],
+            clips,
+            proprio,
             lengths,
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
@@ -401,9 +407,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _observations(self) -> Observation:
         assert self._state is not None  # reset() comes first
-        image = self._clips[np.arange(self.num_envs), self._lengths - 1]
-        proprio = self._state[:, :PROPRIO_DIM].float().cpu().numpy().copy()
-        return {"image": image, "proprio": proprio, "instruction": self._embeddings.copy()}
+        latest = np.arange(self.num_envs), self._lengths - 1
+        return {
+            "image": self._clips[latest],
+            "proprio": self._proprio[latest],
+            "instruction": self._embeddings.copy(),
+        }
 
     def _info(self, i: int) -> dict[str, Any]:
         start, length, frames = self._starts[i], self._lengths[i], self.world_model.chunk_frames

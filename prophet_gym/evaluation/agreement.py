@@ -138,14 +138,16 @@ def evaluate(
             arrays, _ = subset(arrays, episodes, seed)
         chosen = torch.arange(len(arrays.records))
         rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
-        clips, estimates = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
-        real, imagined = arrays.frames[rows].numpy(), clips.numpy()
+        clips, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
+        real, imagined, true_proprio = arrays.frames[rows].numpy(), clips.numpy(), arrays.proprio[rows]
         video, curves = video_report(pipeline, arrays, real, imagined, seed)
-        verdicts.append(_verdicts(judge, arrays, real, imagined, pipeline.chunk_frames, held_out))
+        verdicts.append(
+            _verdicts(judge, arrays, (real, true_proprio), (imagined, proprio), pipeline.chunk_frames, held_out)
+        )
         results[suite] = {
             "splits": list(splits),
             "video": video,
-            "proprio": _proprio_report(estimates, arrays.proprio[rows[:, :: pipeline.chunk_frames]][:, 1:]),
+            "proprio": _proprio_report(proprio[:, 1:], true_proprio[:, 1:]),
             "actions": actions_report(pipeline, arrays, real, imagined, seed),
             "outcome": verdicts[-1].report(),
         }
@@ -225,7 +227,7 @@ def _moving_epe(imagined: list[NDArray[np.float32]], real: list[NDArray[np.float
 
 
 def _proprio_report(estimated: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """Errors of the end-effector's estimated pose (N, chunks, P): means over whole episodes, and at their ends."""
+    """Errors of the end-effector's estimated pose (N, T, P): means over whole episodes, and at their ends."""
     distance = 100 * (estimated - true)[..., :3].norm(dim=-1).double()  # cm
     turned = Rotation.from_rotvec(estimated[..., 3:6].reshape(-1, 3).numpy()).inv() * Rotation.from_rotvec(
         true[..., 3:6].reshape(-1, 3).numpy()
@@ -268,32 +270,37 @@ def actions_report(
 def _verdicts(
     judge: RewardModel,
     arrays: EpisodeArrays,
-    real: NDArray[np.uint8],
-    imagined: NDArray[np.uint8],
+    real: tuple[NDArray[np.uint8], torch.Tensor],
+    imagined: tuple[NDArray[np.uint8], torch.Tensor],
     chunk_frames: int,
     datasets: Sequence[EpisodeDataset],
 ) -> Verdicts:
-    """All verdicts on the episodes of `arrays`; the control is trained on the training split of `datasets`."""
+    """All verdicts on the episodes of `arrays`; the control is trained on the training split of `datasets`.
+
+    Args:
+        real, imagined: frames (N, T + 1, H, W, 3) and proprioception (N, T + 1, P).
+    """
     ends = frame_rows(arrays, torch.arange(len(arrays.records)), chunk_frames)[:, chunk_frames::chunk_frames]
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
         solved=arrays.success[ends].numpy(),
-        real_frames=_judge(judge, arrays, real, chunk_frames),
-        imagined_frames=_judge(judge, arrays, imagined, chunk_frames),
+        real_frames=_judge(judge, arrays, *real, chunk_frames),
+        imagined_frames=_judge(judge, arrays, *imagined, chunk_frames),
         actions_only=predict_from_actions(load_arrays(datasets, "train", progress=False), arrays, chunk_frames),
         threshold=thresholds(judge, [record.suite for record in arrays.records]),
     )
 
 
 def _judge(
-    judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], chunk_frames: int
+    judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], proprio: torch.Tensor, chunk_frames: int
 ) -> NDArray[np.float64]:
-    """Probability at the end of each chunk, per clip (N, T + 1, H, W, 3): float (N, C)."""
+    """Probability at the end of each chunk, per clip (N, T + 1, H, W, 3) and proprioception (N, T + 1, P): (N, C)."""
     instructions = [record.instruction for record in arrays.records]
     embeddings = embed_instructions(instructions)
+    poses = proprio.numpy()
     scores = [
-        judge.score(clips[:, : end + 1], np.full(len(clips), end + 1), instructions, embeddings)
-        for end in range(chunk_frames, clips.shape[1], chunk_frames)
+        judge.score(clips[:, :length], poses[:, :length], np.full(len(clips), length), instructions, embeddings)
+        for length in range(chunk_frames + 1, clips.shape[1] + 1, chunk_frames)
     ]
     return np.stack(scores, axis=1).astype(np.float64)
 

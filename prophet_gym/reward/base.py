@@ -20,6 +20,7 @@ class RewardModel(Protocol):
     def score(
         self,
         frames: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
@@ -28,6 +29,7 @@ class RewardModel(Protocol):
 
         Args:
             frames: uint8 (B, T_max, H, W, 3), upright RGB; row i is valid up to `lengths[i]`, from the start frame on.
+            proprio: float32 (B, T_max, P), the proprioception at each frame: in imagination, Prophet's estimate.
             lengths: int (B,), at least 1.
             instructions: B sentences.
             embeddings: float32 (B, 384), their embeddings.

@@ -10,18 +10,27 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+FINGER_SCALES = (0.02, 0.002)
+"""Openings of the fingers that are one to the network, metres: a hand may be open or closed, and a closed one empty
+(about 1 mm) or round the rim of a bowl (4 mm)."""
+
 
 class SuccessClassifier(ModelMixin, ConfigMixin):
     r"""
-    Convolutional classifier of (start frame, last two frames, instruction).
+    Two witnesses, heard apart: convolutions of (start frame, last two frames, instruction), and a recurrent network of
+    (proprioception until now, instruction).
 
     The start frame shows where things were, the last two where they are and whether they still move. The instruction
-    modulates the feature maps (FiLM) and selects what to look at. `logit_scale` and `logit_bias` calibrate the
-    probability on held-out data (Platt scaling).
+    modulates the feature maps (FiLM) and selects what to look at. The motion says where the fingers closed, whether
+    something kept them apart, and where they opened again, also when the picture has become vague. Neither learns to
+    rely on the other: each has a loss of its own, and `logit_scale` and `logit_bias` weigh the two logits on held-out
+    data (logistic regression, which is Platt scaling of two scores).
 
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
         embedding_dim (`int`, defaults to `384`): size of the instruction embedding.
+        proprio_dim (`int`, defaults to `8`): size P of the proprioception, the opening of two fingers last.
+        hidden_dim (`int`, defaults to `96`): width of the recurrent network.
         threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
     """
@@ -31,6 +40,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self,
         channels: tuple[int, int, int] = (32, 64, 96),
         embedding_dim: int = 384,
+        proprio_dim: int = 8,
+        hidden_dim: int = 96,
         threshold: float | dict[str, float] = 0.5,
     ) -> None:
         super().__init__()
@@ -43,7 +54,15 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self.film = nn.Linear(embedding_dim, 2 * (second + third))
         self.attention = nn.Conv2d(third, 4, 1)
         self.head = nn.Sequential(nn.Linear(4 * (third + 2), 128), nn.SiLU(), nn.Linear(128, 1))
-        self.register_buffer("logit_scale", torch.ones(()))
+        # The pose, its distance from the first one, and the opening of the fingers on both scales; and the task.
+        self.motion_in = nn.Sequential(nn.Linear(2 * proprio_dim + 2, hidden_dim), nn.SiLU(), nn.Dropout(0.1))
+        self.task_in = nn.Sequential(nn.Dropout(0.3), nn.Linear(embedding_dim, hidden_dim))
+        self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
+        self.motion_head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
+        # Statistics of the training data and of the calibration; set by training, saved with the weights.
+        self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(proprio_dim))
+        self.register_buffer("logit_scale", torch.full((2,), 0.5))
         self.register_buffer("logit_bias", torch.zeros(()))
 
     @classmethod
@@ -51,7 +70,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         """Build an untrained classifier in a very small configuration, for tests."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(channels=(4, 8, 8), threshold=0.9).eval()
+            return cls(channels=(4, 8, 8), hidden_dim=8, threshold=0.9).eval()
 
     @property
     def threshold(self) -> float | dict[str, float]:
@@ -59,7 +78,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         return self.config.threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return uncalibrated logits.
+        """Return the logits of the frames alone.
 
         Args:
             clips: uint8 (B, 3, H, W, 3): start frame, last frame but one, last frame. H and W are multiples of 8.
@@ -87,10 +106,33 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         weights = self.attention(hidden).flatten(2).softmax(dim=-1)
         return self.head(torch.einsum("bkn,bcn->bkc", weights, values).flatten(1))[:, 0]
 
+    def motion_logits(self, proprio: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the motion alone, at each time.
+
+        Args:
+            proprio: float (B, T, P), metres and radians, from the start on.
+            embeddings: float (B, embedding_dim).
+
+        Returns:
+            float (B, T); each depends on nothing later.
+        """
+        poses = (proprio - self.proprio_mean) / self.proprio_std
+        opening = (proprio[..., -2:-1] - proprio[..., -1:]) / proprio.new_tensor(FINGER_SCALES)
+        motion = self.motion_in(torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1))
+        task = self.task_in(embeddings.to(motion.dtype))[:, None].expand_as(motion)
+        hidden = self.recurrent(torch.cat([motion, task], dim=-1))[0]
+        logits: torch.Tensor = self.motion_head(hidden)[..., 0]
+        return logits
+
+    def probability(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated probabilities (B,) of the logits of frames and motion, (B, 2)."""
+        return torch.sigmoid((logits * self.logit_scale).sum(-1) + self.logit_bias)
+
     @torch.inference_mode()
     def score(
         self,
         frames: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
@@ -98,5 +140,6 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         """Calibrated success probabilities, see `RewardModel.score`."""
         rows = np.arange(len(frames))
         clips = np.stack([frames[:, 0], frames[rows, np.maximum(lengths - 2, 0)], frames[rows, lengths - 1]], axis=1)
-        logits = self(torch.from_numpy(clips).to(self.device), torch.from_numpy(embeddings).to(self.device))
-        return torch.sigmoid(logits * self.logit_scale + self.logit_bias).float().cpu().numpy()
+        seen, motion, task = (torch.from_numpy(values).to(self.device) for values in (clips, proprio, embeddings))
+        moved = self.motion_logits(motion, task)[torch.from_numpy(rows), torch.from_numpy(lengths) - 1]
+        return self.probability(torch.stack([self(seen, task), moved], dim=1)).float().cpu().numpy()

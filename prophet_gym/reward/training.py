@@ -49,13 +49,17 @@ def train_success_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = SuccessClassifier() if init is None else copy.deepcopy(init).float()
+        if init is None:
+            classifier.proprio_mean.copy_(train_arrays.proprio.mean(0))
+            classifier.proprio_std.copy_(train_arrays.proprio.std(0).clamp(min=0.01))
         classifier.to(device)
     loss_fn = classification_loss(classifier, train_arrays, batch_size)
     fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)
 
     logits = frame_logits(classifier, val_arrays)
     _calibrate(classifier, logits, val_arrays.success)
-    probability = torch.sigmoid(logits * classifier.logit_scale.cpu() + classifier.logit_bias.cpu())
+    with torch.no_grad():
+        probability = classifier.probability(logits.to(device)).cpu()
     peak, solved = episode_peaks(val_arrays, probability)
     suites = np.array([record.suite for record in val_arrays.records])
     frame_suites = np.repeat(suites, val_arrays.lengths.numpy())
@@ -75,9 +79,11 @@ def train_success_classifier(
 
 
 def classification_loss(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int) -> LossFn:
-    """Binary cross-entropy on frames: half solved ones, a quarter from the ends of episodes that failed, a quarter any.
+    """Binary cross-entropy of both witnesses, summed.
 
-    Brightness, noise and blur are varied, so that a decoder's artefacts do not decide.
+    Frames: half solved ones, a quarter from the ends of episodes that failed, a quarter any. Brightness, noise and blur
+    are varied, so that a decoder's artefacts do not decide. Motion: all times of as many episodes, whose poses are
+    shifted a little.
     """
     embeddings = _embeddings(arrays)
     episode, first = _owners(arrays)
@@ -98,8 +104,19 @@ def classification_loss(classifier: SuccessClassifier, arrays: EpisodeArrays, ba
         clips = _augment(clips, generator).to(classifier.device)
         logits = classifier(clips, embeddings[episode[rows]].to(classifier.device))
         target = arrays.success[rows].float().to(classifier.device)
-        loss = F.binary_cross_entropy_with_logits(logits, target)
-        return loss, {"accuracy": ((logits > 0) == (target > 0)).float().mean().item()}
+        seen_loss = F.binary_cross_entropy_with_logits(logits, target)
+
+        chosen = torch.randint(len(arrays.starts), (batch_size,), generator=generator)
+        times, inside = _times(arrays, chosen)
+        shift = 0.03 * torch.randn(batch_size, 1, arrays.proprio.shape[1], generator=generator)
+        proprio = arrays.proprio[times].to(classifier.device) + shift.to(classifier.device) * classifier.proprio_std
+        moved = classifier.motion_logits(proprio, embeddings[chosen].to(classifier.device))[inside]
+        solved_then = arrays.success[times][inside].float().to(classifier.device)
+        moved_loss = F.binary_cross_entropy_with_logits(moved, solved_then)
+        return seen_loss + moved_loss, {
+            "frames_accuracy": ((logits > 0) == (target > 0)).float().mean().item(),
+            "motion_accuracy": ((moved > 0) == (solved_then > 0)).float().mean().item(),
+        }
 
     return loss_fn
 
@@ -117,32 +134,44 @@ def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (gain * pixels + noise).clamp(0, 255).to(torch.uint8)
 
 
+def _times(arrays: EpisodeArrays, episodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of whole episodes (B,), the shorter ones repeating their last: int64 (B, T), and which are no repetition."""
+    steps = torch.arange(int(arrays.lengths[episodes].max()))
+    lengths = arrays.lengths[episodes, None]
+    return arrays.starts[episodes, None] + steps.minimum(lengths - 1), steps < lengths
+
+
 @torch.no_grad()
 def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
-    """Uncalibrated logits of every frame, each seen with its predecessor and its episode's start: float (N,)."""
-    embeddings = _embeddings(arrays)
+    """Logits of both witnesses at every frame, with its predecessor, its episode's start and the motion until then:
+    float (N, 2)."""
+    embeddings, device = _embeddings(arrays), classifier.device
     episode, first = _owners(arrays)
-    logits = []
+    logits = torch.empty(len(episode), 2)
     for rows in torch.arange(len(episode)).split(batch_size):
         clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
-        logits.append(classifier(clips.to(classifier.device), embeddings[episode[rows]].to(classifier.device)).cpu())
-    return torch.cat(logits)
+        logits[rows, 0] = classifier(clips.to(device), embeddings[episode[rows]].to(device)).cpu()
+    for chosen in torch.arange(len(arrays.starts)).split(batch_size):
+        times, inside = _times(arrays, chosen)
+        moved = classifier.motion_logits(arrays.proprio[times].to(device), embeddings[chosen].to(device))
+        logits[times[inside], 1] = moved.cpu()[inside]
+    return logits
 
 
 def _calibrate(classifier: SuccessClassifier, logits: torch.Tensor, success: torch.Tensor) -> None:
-    """Platt scaling: the scale and bias of the logits that minimise the cross-entropy on held-out frames."""
-    parameters = torch.tensor([1.0, 0.0], requires_grad=True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=100)
+    """The scales and the bias of the logits (N, 2) that minimise the cross-entropy on held-out frames."""
+    scale, bias = torch.full((2,), 0.5, requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(parameters[0] * logits + parameters[1], success.float())
+        loss = F.binary_cross_entropy_with_logits((logits * scale).sum(1) + bias, success.float())
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    classifier.logit_scale.copy_(parameters[0].detach())
-    classifier.logit_bias.copy_(parameters[1].detach())
+    classifier.logit_scale.copy_(scale.detach())
+    classifier.logit_bias.copy_(bias.detach())
 
 
 def episode_peaks(

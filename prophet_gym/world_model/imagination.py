@@ -33,13 +33,13 @@ def replay_episodes(
         episodes: int64 (N,), which ones of `arrays`. noise_seeds: N, of the world model's noise.
 
     Returns:
-        Frames uint8 (N, T + 1, H, W, 3) of `frame_rows`, and the estimated proprioception at the end of each chunk,
-        float32 (N, T / chunk_frames, P).
+        Frames uint8 (N, T + 1, H, W, 3) of `frame_rows`, and the proprioception at each of them, float32
+        (N, T + 1, P): the first ones real, the others imagined.
     """
     rows = frame_rows(arrays, episodes, pipeline.chunk_frames)
-    clips, estimates = [], []
+    clips, proprio = [], []
     for batch in tqdm(torch.arange(len(episodes)).split(batch_size), desc="imagining episodes", leave=False):
-        clip, estimate = pipeline.replay(
+        clip, poses = pipeline.replay(
             arrays.frames[rows[batch, 0]],
             arrays.proprio[rows[batch, 0]],
             arrays.actions[rows[batch, :-1]].flatten(1, 2),
@@ -47,8 +47,8 @@ def replay_episodes(
             [torch.Generator().manual_seed(noise_seeds[index]) for index in batch],
         )
         clips.append(clip)
-        estimates.append(estimate)
-    return torch.cat(clips), torch.cat(estimates)
+        proprio.append(poses)
+    return torch.cat(clips), torch.cat(proprio)
 
 
 def episode_seeds(episodes: torch.Tensor, seed: int) -> list[int]:
@@ -57,7 +57,8 @@ def episode_seeds(episodes: torch.Tensor, seed: int) -> list[int]:
 
 
 def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
-    """Replay `count` episodes, spread over `arrays`, in imagination: their frames are Prophet's, all else is real.
+    """Replay `count` episodes, spread over `arrays`, in imagination: their frames and proprioception are Prophet's,
+    actions and verdicts are real.
 
     A judge that trains on them learns what success and failure look like where Prophet is vague.
     """
@@ -70,12 +71,12 @@ def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Ten
     """The episodes `chosen` (N,), all of one length, in imagination."""
     device = pipeline.device
     with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
-        frames, _ = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
+        frames, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
     length = rows.shape[1]
     return EpisodeArrays(
         frames=frames.flatten(0, 1),
-        proprio=arrays.proprio[rows].flatten(0, 1),
+        proprio=proprio.flatten(0, 1),
         actions=arrays.actions[rows].flatten(0, 1),
         success=arrays.success[rows].flatten(),
         starts=torch.arange(len(chosen)) * length,

@@ -16,8 +16,13 @@ CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
 
 
+GRIP = 0.002
+"""Scale of the fingers' opening on which an empty hand (about 1 mm) differs from one round a rim (4 mm), metres."""
+
+
 def proprioception_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, frames: int = 20) -> LossFn:
-    """Error of the proprioception over `frames` frames of its own rollout, in units of one frame's usual change.
+    """Error of the proprioception over `frames` frames of its own rollout, in units of one frame's usual change, and
+    of the fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
 
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
     true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
@@ -42,7 +47,8 @@ def proprioception_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_
             error = state[:, :proprio_dim] - target
             scaled = error / model.delta_std[robot]
             # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
-            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1))
+            grip = F.smooth_l1_loss(_log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1)
+            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip)
             if k < 3:
                 told = torch.cat([target, state[:, proprio_dim:]], dim=1)
                 state = torch.where(in_motion, told, state)
@@ -50,6 +56,11 @@ def proprioception_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_
         return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * error[:, 6:].abs().mean().item()}
 
     return loss_fn
+
+
+def _log_opening(proprio: torch.Tensor) -> torch.Tensor:
+    """log(1 + opening / GRIP) of the fingers of proprioceptions (B, P): (B,)."""
+    return torch.log1p((proprio[:, 6] - proprio[:, 7]).clamp(min=-0.9 * GRIP) / GRIP)
 
 
 def autoencoder_loss(

@@ -32,12 +32,14 @@ class ImaginedChunk(BaseOutput):
 
     Attributes:
         frames: uint8 (B, chunk_frames, H, W, 3) on the CPU, upright RGB.
+        proprio: float32 (B, chunk_frames, P) on the CPU, Prophet's estimate of the proprioception at each frame, metres
+            and radians.
         history: float (B, T_h, C, h, w), to pass to the next call.
-        state: float32 (B, S), to pass to the next call; its first P numbers are Prophet's estimate of the
-            proprioception after the chunk, metres and radians.
+        state: float32 (B, S), to pass to the next call.
     """
 
     frames: torch.Tensor
+    proprio: torch.Tensor
     history: torch.Tensor
     state: torch.Tensor
 
@@ -47,12 +49,14 @@ class ChunkCondition(BaseOutput):
     """What the commanded motion says about the frames of a chunk.
 
     Attributes:
+        proprio: float32 (B, F, P), at each frame.
         scalars: float (B, F, D_c), actions and proprioception of each frame and the robot, see `frame_condition`.
         action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effector drawn at the present and at each frame.
         motion: float32 (B, F, 2, 3), see `image_motion`: of the hand from the present to each frame, and of what it
             holds, or held last, from where it was taken.
     """
 
+    proprio: torch.Tensor
     scalars: torch.Tensor
     action_frames: torch.Tensor
     motion: torch.Tensor
@@ -276,7 +280,10 @@ class ProphetPipeline(DiffusionPipeline):
         pixels, _ = self.generate(history, condition, start, latest, generator, num_inference_steps)
         encoded = self.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         return ImaginedChunk(
-            frames=pixels_to_frames(pixels).cpu(), history=advance_history(history, encoded), state=state
+            frames=pixels_to_frames(pixels).cpu(),
+            proprio=condition.proprio.cpu(),
+            history=advance_history(history, encoded),
+            state=state,
         )
 
     __call__ = imagine
@@ -298,23 +305,23 @@ class ProphetPipeline(DiffusionPipeline):
             suites, generator, num_inference_steps: as in `imagine`.
 
         Returns:
-            Frames uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first, and the estimated proprioception
-            after each chunk, float32 (B, N / chunk_size, P), on the CPU.
+            Frames uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first, and the proprioception at each of
+            them, the given one first and then the estimates, float32 (B, 1 + N / frame_stride, P), on the CPU.
 
         Raises:
             ValueError: N is not a multiple of chunk_size, or a shape does not fit.
         """
         if actions.shape[1] % self.chunk_size:
             raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
-        clip, estimates = [torch.as_tensor(images)[:, None]], []
+        clip, poses = [torch.as_tensor(images)[:, None]], [proprio[:, None].float().cpu()]
         history, state = self.init_history(images), self.init_state(proprio)
         for chunk in actions.split(self.chunk_size, dim=1):
             latest = torch.stack([clip[0][:, 0], clip[-1][:, -1]], dim=1)
             imagined = self.imagine(history, state, chunk, latest, suites, generator, num_inference_steps)
             history, state = imagined.history, imagined.state
             clip.append(imagined.frames)
-            estimates.append(state[:, : proprio.shape[1]].cpu())
-        return torch.cat(clip, dim=1), torch.stack(estimates, dim=1)
+            poses.append(imagined.proprio)
+        return torch.cat(clip, dim=1), torch.cat(poses, dim=1)
 
     def condition(
         self,
@@ -365,6 +372,7 @@ class ProphetPipeline(DiffusionPipeline):
         """
         scalars = frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions, robot)
         return ChunkCondition(
+            proprio=poses[:, 1:],
             scalars=torch.zeros_like(scalars) if self.config.action_streams == "frames" else scalars,
             action_frames=draw_action_frames(poses, projection, self.image_size),
             motion=carried_motion(poses[:, :1, :3], poses[:, 1:, :3], holds, projection),
