@@ -379,11 +379,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     def _judge(self, rows: NDArray[np.int64]) -> None:
         """Let the reward model see the episodes of envs ``rows``."""
         lengths = self._lengths[rows]
-        episodes = (values[:, : lengths.max()] for values in (self._clips, self._proprio))
-        clips, proprio = (values if rows.size == self.num_envs else values[rows] for values in episodes)
+        chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
         self._probability[rows] = self.reward_model.score(
-            clips,
-            proprio,
+            self._clips[chosen, : lengths.max()],
+            self._proprio[chosen, : lengths.max()],
             lengths,
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
