@@ -451,6 +451,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
     proprioception = ProprioceptionModel(hidden_dim=32, width=32)
     proprioception.delta_std.fill_(0.1)
+    proprioception.delta_std[:, 6:] = 0.005
     transformer = ProphetTransformer3DModel(**TINY)
     whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
     cameras = torch.zeros(16, 3, 4)
