@@ -3,36 +3,13 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn import functional as F
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.reward.success_classifier import SequenceWitness
 
 STEPS, BATCH_SIZE = 1000, 64
-
-
-class ActionsOnly(nn.Module):
-    """A recurrent network of the actions so far and the instruction.
-
-    Args:
-        action_dim: A. embedding_dim: size of the instruction embedding. hidden_dim: width.
-    """
-
-    def __init__(self, action_dim: int, embedding_dim: int, hidden_dim: int = 96) -> None:
-        super().__init__()
-        self.action_in = nn.Sequential(nn.Linear(action_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1))
-        self.task_in = nn.Sequential(nn.Dropout(0.3), nn.Linear(embedding_dim, hidden_dim))
-        self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
-        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
-
-    def forward(self, actions: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Logits (E, T) that the task stands solved after each of the actions (E, T, A)."""
-        motion = self.action_in(actions)
-        task = self.task_in(embeddings)[:, None].expand_as(motion)
-        hidden = self.recurrent(torch.cat([motion, task], dim=-1))[0]
-        logits: torch.Tensor = self.head(hidden)[..., 0]
-        return logits
 
 
 def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chunk_frames: int) -> NDArray[np.float64]:
@@ -51,7 +28,7 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
     solved = train_arrays.success[train_arrays.starts[:, None] + 1 + torch.arange(length)].float()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = ActionsOnly(actions.shape[-1], embeddings.shape[-1])
+        network = SequenceWitness(actions.shape[-1], embeddings.shape[-1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
         for _ in range(STEPS):

@@ -15,6 +15,28 @@ FINGER_SCALES = (0.02, 0.002)
 (about 1 mm) or round the rim of a bowl (4 mm)."""
 
 
+class SequenceWitness(nn.Module):
+    """A recurrent network of what has been so far and the instruction, which says at each time if the task is solved.
+
+    Args:
+        input_dim: D, numbers at each time. embedding_dim: size of the instruction embedding. hidden_dim: width.
+    """
+
+    def __init__(self, input_dim: int, embedding_dim: int, hidden_dim: int = 96) -> None:
+        super().__init__()
+        self.sequence_in = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1))
+        self.task_in = nn.Sequential(nn.Dropout(0.3), nn.Linear(embedding_dim, hidden_dim))
+        self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
+
+    def forward(self, sequence: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T) after each element of the sequence (B, T, D); each depends on nothing later."""
+        hidden = self.sequence_in(sequence)
+        task = self.task_in(embeddings.to(hidden.dtype))[:, None].expand_as(hidden)
+        logits: torch.Tensor = self.head(self.recurrent(torch.cat([hidden, task], dim=-1))[0])[..., 0]
+        return logits
+
+
 class SuccessClassifier(ModelMixin, ConfigMixin):
     r"""
     Two witnesses, heard apart: convolutions of (start frame, last two frames, instruction), and a recurrent network of
@@ -54,11 +76,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self.film = nn.Linear(embedding_dim, 2 * (second + third))
         self.attention = nn.Conv2d(third, 4, 1)
         self.head = nn.Sequential(nn.Linear(4 * (third + 2), 128), nn.SiLU(), nn.Linear(128, 1))
-        # The pose, its distance from the first one, and the opening of the fingers on both scales; and the task.
-        self.motion_in = nn.Sequential(nn.Linear(2 * proprio_dim + 2, hidden_dim), nn.SiLU(), nn.Dropout(0.1))
-        self.task_in = nn.Sequential(nn.Dropout(0.3), nn.Linear(embedding_dim, hidden_dim))
-        self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
-        self.motion_head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
+        # The pose, its distance from the first one, and the opening of the fingers on both scales.
+        self.motion = SequenceWitness(2 * proprio_dim + 2, embedding_dim, hidden_dim)
         # Statistics of the training data and of the calibration; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
@@ -118,10 +137,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         """
         poses = (proprio - self.proprio_mean) / self.proprio_std
         opening = (proprio[..., -2:-1] - proprio[..., -1:]) / proprio.new_tensor(FINGER_SCALES)
-        motion = self.motion_in(torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1))
-        task = self.task_in(embeddings.to(motion.dtype))[:, None].expand_as(motion)
-        hidden = self.recurrent(torch.cat([motion, task], dim=-1))[0]
-        logits: torch.Tensor = self.motion_head(hidden)[..., 0]
+        motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1)
+        logits: torch.Tensor = self.motion(motion, embeddings)
         return logits
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
