@@ -4,7 +4,8 @@
 
 One chunk is one step of one env: 8 control steps, 0.4 s of robot time. Imagined and real steps take the same random
 actions; resets and the first step (allocation, caches) are not timed. LIBERO runs one simulation in one process, as
-``LIBERO-v0`` does; without ``prophet-gym[libero]`` its part is skipped.
+``LIBERO-v0`` does; without ``prophet-gym[libero]`` its part is skipped. What is imagined without video
+(``video=False``) is compared with LIBERO without any picture.
 """
 
 import argparse
@@ -39,16 +40,20 @@ def time_imagined(num_envs: int, steps: int, arguments: dict[str, Any]) -> dict[
         envs.step(actions)
         seconds.append(time.perf_counter() - begin)
     envs.close()
-    return _summary("imagined", num_envs, seconds)
+    return _summary("imagined", envs.unwrapped.video, num_envs, seconds)
 
 
-def time_libero(steps: int, suite: str) -> dict[str, Any] | str:
-    """The same for the real simulator; a message where it cannot run."""
+def time_libero(steps: int, suite: str, video: bool) -> dict[str, Any] | str:
+    """The same for the real simulator, with or without its pictures; a message where it cannot run."""
     try:
         env = gym.make("LIBERO-v0", suite=suite, task=0, max_chunks=steps + 1)
         env.reset(seed=0)
     except (ImportError, RuntimeError) as error:
         return str(error)
+    simulation = env.unwrapped.simulation
+    if not video:
+        picture = simulation.render()
+        simulation.render = lambda: picture
     env.action_space.seed(0)
     env.step(env.action_space.sample())
     seconds = []
@@ -60,12 +65,13 @@ def time_libero(steps: int, suite: str) -> dict[str, Any] | str:
         if terminated or truncated:
             env.reset()
     env.close()
-    return _summary("LIBERO", 1, seconds)
+    return _summary("LIBERO", video, 1, seconds)
 
 
-def _summary(name: str, num_envs: int, seconds: list[float]) -> dict[str, Any]:
+def _summary(name: str, video: bool, num_envs: int, seconds: list[float]) -> dict[str, Any]:
     return {
         "env": name,
+        "video": video,
         "num_envs": num_envs,
         "steps": len(seconds),
         "median_step_seconds": float(np.median(seconds)),
@@ -93,21 +99,27 @@ def main() -> None:
     names = ("suite", "world_model", "reward_model", "start_states", "device", "dtype", "num_sampling_steps")
     arguments = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
-    rows = [time_imagined(num_envs, options.steps, arguments) for num_envs in options.num_envs]
-    libero = time_libero(options.steps, options.suite)
-    if isinstance(libero, str):
-        print(f"LIBERO skipped: {libero}", file=sys.stderr)
-    else:
-        for row in rows:
+    rows = []
+    for video in (True, False):
+        imagined = [
+            time_imagined(num_envs, options.steps, arguments | {"video": video}) for num_envs in options.num_envs
+        ]
+        libero = time_libero(options.steps, options.suite, video)
+        rows += imagined
+        if isinstance(libero, str):
+            print(f"LIBERO skipped: {libero}", file=sys.stderr)
+            continue
+        for row in imagined:
             row["times_libero"] = row["chunks_per_second"] / libero["chunks_per_second"]
         rows.append(libero)
 
-    print(f"{'env':10} {'envs':>5} {'ms a step':>10} {'chunks/s':>9} {'x real time':>12} {'x LIBERO':>9}")
+    print(f"{'env':10} {'video':>5} {'envs':>5} {'ms a step':>10} {'chunks/s':>9} {'x real time':>12} {'x LIBERO':>9}")
     for row in rows:
         real_time, ratio = row["chunks_per_second"] * CHUNK_SECONDS, row.get("times_libero")
         print(
-            f"{row['env']:10} {row['num_envs']:5} {1000 * row['median_step_seconds']:10.1f} "
-            f"{row['chunks_per_second']:9.1f} {real_time:12.1f} {'' if ratio is None else f'{ratio:.1f}':>9}"
+            f"{row['env']:10} {'yes' if row['video'] else 'no':>5} {row['num_envs']:5} "
+            f"{1000 * row['median_step_seconds']:10.1f} {row['chunks_per_second']:9.1f} "
+            f"{real_time:12.1f} {'' if ratio is None else f'{ratio:.1f}':>9}"
         )
     report = {
         "prophet_gym": prophet_gym.__version__,

@@ -148,6 +148,8 @@ def train(arguments: argparse.Namespace) -> int:
         env_kwargs["suite"] = arguments.suite
     if arguments.dtype is not None:
         env_kwargs["dtype"] = arguments.dtype
+    if arguments.no_video:
+        env_kwargs["video"] = False
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
@@ -214,6 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--suite", help="argument of the environment")
     learn.add_argument("--task", help="argument of the environment")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
+    learn.add_argument(
+        "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"
+    )
     learn.add_argument("--num-envs", type=int, default=64)
     learn.add_argument("--frame-stack", type=int, default=1, help="as in `fagrpo sft`")
     learn.add_argument("--steps", type=int, default=50_000, help="environment steps in total")

@@ -313,8 +313,8 @@ class FAGRPO(OnPolicyAlgorithm):
         self._start_rng = np.random.default_rng(start_seed)
 
     def _copy_initial_policy(self, initial: FlowPolicy) -> None:
-        # The bounds of an observation may differ: a policy that was cloned from recordings does not know them.
-        same_observations = _layout(initial.observation_space) == _layout(self.policy.observation_space)
+        # What it does not look at may differ, and so may bounds: a policy cloned from recordings does not know them.
+        same_observations = _layout(initial.used_space) == _layout(self.policy.used_space)
         if not same_observations or initial.action_space != self.policy.action_space:
             raise ValueError(
                 "the given policy does not fit the environment: it has spaces "

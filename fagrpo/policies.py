@@ -118,7 +118,7 @@ class FlowPolicy(BasePolicy):
                 self.features_extractor_kwargs["observation_keys"] = list(observation_keys)
             self.features_extractor = self.make_features_extractor()
         else:  # an encoder of your own is made for the entries that it will be given
-            self.features_extractor = features_extractor_class(self._used_space(), **self.features_extractor_kwargs)
+            self.features_extractor = features_extractor_class(self.used_space, **self.features_extractor_kwargs)
         self.flow_head = flow_head_class(
             self.action_shape, self.features_extractor.features_dim, **dict(flow_head_kwargs or {})
         )
@@ -134,6 +134,20 @@ class FlowPolicy(BasePolicy):
 
     # ---- observations and actions
 
+    @property
+    def used_space(self) -> spaces.Space:
+        """The part of the observation space that the policy sees, see ``observation_keys``."""
+        keys = self._constructor["observation_keys"]
+        if keys is None or not isinstance(self.observation_space, spaces.Dict):
+            return self.observation_space
+        return spaces.Dict({key: self.observation_space[key] for key in keys})
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As SB3's; entries of a dict that the policy was made without are left out."""
+        if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
+            observation = {key: observation[key] for key in self.observation_space}
+        return super().obs_to_tensor(observation)
+
     def encode(self, obs: PyTorchObs, min_rows: int = 1) -> Tensor:
         """Context of a batch of observations, computed once for all flow steps.
 
@@ -147,19 +161,13 @@ class FlowPolicy(BasePolicy):
             obs = {key: _fill_up(value, min_rows) for key, value in obs.items()}
         else:
             obs = _fill_up(obs, min_rows)
-        prepared = preprocess_obs(self._used(obs), self._used_space(), normalize_images=self.normalize_images)
+        prepared = preprocess_obs(self._used(obs), self.used_space, normalize_images=self.normalize_images)
         context: Tensor = self.features_extractor(prepared)
         return context[:rows]
 
     def _used(self, obs: PyTorchObs) -> PyTorchObs:
         keys = self._constructor["observation_keys"]
         return {key: obs[key] for key in keys} if isinstance(obs, dict) and keys is not None else obs
-
-    def _used_space(self) -> spaces.Space:
-        keys = self._constructor["observation_keys"]
-        if keys is None or not isinstance(self.observation_space, spaces.Dict):
-            return self.observation_space
-        return spaces.Dict({key: self.observation_space[key] for key in keys})
 
     def _transpose_images(self, obs: PyTorchObs) -> PyTorchObs:
         if isinstance(obs, dict):

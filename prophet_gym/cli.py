@@ -25,15 +25,17 @@ def _record(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         policy=policy,
         split=arguments.split,
+        video=not arguments.no_video,
     )
 
 
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays, subset
-    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
     from prophet_gym.world_model.training import camera_projections, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    check_video(datasets)
     episodes = load_arrays(datasets, "train")
     if arguments.episodes is not None:
         episodes, _ = subset(episodes, arguments.episodes, arguments.seed)
@@ -54,12 +56,14 @@ def _adapt(arguments: argparse.Namespace) -> None:
     import copy
 
     from prophet_gym.data.clips import load_arrays, subset
-    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
     from prophet_gym.envs.models import load_world_model
     from prophet_gym.world_model.adaptation import adapt
     from prophet_gym.world_model.training import camera_projections
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    if arguments.recipe != "motion":
+        check_video(datasets)
     episodes, _ = subset(load_arrays(datasets, "train"), arguments.episodes, arguments.seed)
     adapt(
         copy.deepcopy(load_world_model(arguments.checkpoint, "cpu")),
@@ -75,24 +79,29 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 
 def _train_reward(arguments: argparse.Namespace) -> None:
-    from prophet_gym.data.clips import concatenate, load_arrays
-    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
+    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
     from prophet_gym.envs.models import load_reward_model, load_world_model
     from prophet_gym.reward.training import train_success_classifier
-    from prophet_gym.world_model.imagination import imagine_episodes
+    from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
-    if arguments.world_model is not None:
-        pipeline = load_world_model(arguments.world_model, arguments.device)
+    if not arguments.world_model:
+        check_video(datasets)  # to calibrate on
+    train, val = load_arrays([dataset for dataset in datasets if dataset.video], "train"), load_arrays(datasets, "val")
+    pipelines = [load_world_model(checkpoint, arguments.device) for checkpoint in arguments.world_model]
+    motion = load_arrays(datasets, "train")
+    motion = concatenate([without_pictures(motion), *(imagine_motions(pipeline, motion) for pipeline in pipelines)])
+    if pipelines:
         imagined, val = (
-            imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
+            imagine_episodes(pipelines[0], arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
         )
         train = concatenate([train, imagined])
     train_success_classifier(
         train,
         val,
         arguments.out,
+        motion_arrays=motion,
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
@@ -134,6 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--split", default=None, choices=("train", "val", "test"), help="of all episodes; otherwise 80, 10 and 10%%"
     )
+    record.add_argument(
+        "--no-video", action="store_true", help="render first frames alone: for `adapt --recipe motion`, train-reward"
+    )
     record.set_defaults(run=_record)
 
     train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")
@@ -161,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
-    adapt.add_argument("--recipe", default="adapt", help="adapt, extend (many episodes) or debug (seconds)")
+    adapt.add_argument("--recipe", default="adapt", help="adapt, extend or motion (many episodes), or debug (seconds)")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="cpu")
@@ -175,8 +187,11 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
         "--world-model",
-        default=None,
-        help="train on its imagination too, and calibrate there alone: it is what an environment shows",
+        nargs="+",
+        default=[],
+        help="train on the imagination of the first one too, and calibrate there alone: it is what an environment "
+        "shows. The motion learns from the estimates of all: one that was not trained on these episodes errs on them "
+        "as on new ones",
     )
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")

@@ -120,6 +120,20 @@ def test_a_recipe_can_give_a_memory(base: Path, tmp_path: Path, monkeypatch: pyt
     assert "memory" in adaptation.RECIPES["extend"]
 
 
+def test_the_recipe_motion_trains_the_proprioception_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 20, "batch_size": 16}
+    monkeypatch.setitem(adaptation.RECIPES, "motion", {"proprioception": stage})
+    before = losses(load(base))
+    adapted = adapt(load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="motion")
+    assert losses(adapted)["proprioception"] < 0.9 * before["proprioception"]
+    saved, old = load(tmp_path / "out" / "pipeline"), load(base)
+    for part in ("vae", "transformer"):
+        for key, value in getattr(saved, part).state_dict().items():
+            assert torch.equal(value, getattr(old, part).state_dict()[key])
+
+
 def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = {"steps": 20, "batch_size": 4, "learning_rate": 3e-3}
     monkeypatch.setitem(adaptation.RECIPES, "debug", adaptation.RECIPES["debug"] | {"autoencoder": stage})
@@ -203,13 +217,15 @@ def test_the_saved_adapters_are_what_was_fused(base: Path, tmp_path: Path, rank:
 def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = new_world(2)
     run = partial(adapt, load(base), out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend'\]"):
+    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend', 'motion'\]"):
         run(arrays, arrays, recipe="huge")
     coarse = replace(arrays, actions=arrays.actions[:, :2])
     with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the new episodes have \(2, 7\)"):
         run(coarse, coarse, recipe="debug")
     with pytest.raises(ValueError, match="lora_rank must be at least 1, got 0"):
         run(arrays, arrays, recipe="debug", lora_rank=0)
+    with pytest.raises(ValueError, match=r"'motion' does not train the transformer: leave lora_rank out"):
+        run(arrays, arrays, recipe="motion", lora_rank=4)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"prophet-gym\[lora\]"):
         run(arrays, arrays, recipe="debug", lora_rank=4)

@@ -194,6 +194,63 @@ def test_public_names() -> None:
         prophet_gym.ProphetEvn  # noqa: B018
 
 
+# --- without video ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_video_the_contracts_hold(real: dict[str, Any]) -> None:
+    env = gym.make("Prophet-LIBERO-v0", **real, video=False)
+    assert set(env.observation_space.spaces) == {"proprio", "instruction"}
+    check_env(env.unwrapped)
+    sb3_check_env(env.unwrapped, warn=True)
+
+
+def test_without_video_the_robot_moves_the_same(real: dict[str, Any]) -> None:
+    arguments = {**real, "max_chunks": 3, "autoreset_mode": "SameStep"}
+    seen, felt = (ProphetVectorEnv(num_envs=4, **arguments, video=video) for video in (True, False))
+    first, other = seen.reset(seed=5)[0], felt.reset(seed=5)[0]
+    assert "image" not in other
+    for with_video, without in zip(rollout(seen, 4), rollout(felt, 4), strict=True):
+        np.testing.assert_allclose(without[0]["proprio"], with_video[0]["proprio"], atol=1e-6)
+        assert data_equivalence(without[0]["instruction"], with_video[0]["instruction"], exact=True)
+        np.testing.assert_array_equal(without[3], with_video[3])
+        assert "frames" not in without[4]
+    assert not np.array_equal(first["proprio"], without[0]["proprio"])
+
+
+def test_without_video_the_motion_alone_is_judged(real: dict[str, Any]) -> None:
+    envs = ProphetVectorEnv(num_envs=3, **real, video=False, reward_type="probability")
+    envs.reset(seed=0)
+    for _, _, _, _, infos in rollout(envs, 3):
+        motion = torch.from_numpy(envs._proprio[:, : envs._lengths[0]])
+        judge = envs.reward_model
+        assert isinstance(judge, SuccessClassifier)
+        with torch.inference_mode():
+            logits = judge.motion_logits(motion, torch.from_numpy(envs._embeddings))[:, -1]
+            expected = judge.motion_probability(logits).numpy()
+        np.testing.assert_allclose(infos["success_probability"], expected, atol=1e-6)
+
+
+def test_without_video_state_is_restored_and_nothing_can_be_seen(real: dict[str, Any]) -> None:
+    envs = ProphetVectorEnv(num_envs=3, **real, video=False)
+    envs.reset(seed=0)
+    list(rollout(envs, 2))
+    state = envs.get_state()
+    future = list(rollout(envs, 3, seed=1))
+    envs.set_state(state)
+    for ours, again in zip(future, rollout(envs, 3, seed=1), strict=True):
+        assert data_equivalence(ours, again, exact=True)
+    with pytest.raises(ValueError, match="video=True to see clips"):
+        envs.clips()
+    with pytest.raises(ValueError, match=r"Unknown render_mode 'rgb_array'. Valid: \[None\]"):
+        ProphetVectorEnv(**real, video=False, render_mode="rgb_array")
+
+
+def test_without_video_other_models_are_needed(fake: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"FakeWorldModel cannot be used here.*imagine_motion"):
+        ProphetVectorEnv(**fake, video=False)
+
+
 # --- the native vector env equals SyncVectorEnv over single envs ------------------------------------------------------
 
 

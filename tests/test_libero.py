@@ -220,6 +220,9 @@ def test_clean_expert_succeeds_and_the_episode_is_recorded_whole(env):
     again = record_episode(env.simulation, plan)
     assert np.array_equal(episode.actions, again.actions)
     assert np.array_equal(episode.frames, again.frames)
+    blind = record_episode(env.simulation, plan, video=False)
+    assert np.array_equal(blind.proprio, episode.proprio) and np.array_equal(blind.success, episode.success)
+    assert (blind.frames == episode.frames[0]).all()
     for recipe in COUNTERFACTUALS:
         counterfactual = EpisodePlan(0, 0, "val", 40, recipe, False, 1)
         assert record_episode(env.simulation, counterfactual).kind == "counterfactual"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate
+from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.reward.base import thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
@@ -87,15 +87,28 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
 def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> None:
     train, val = episodes(16, told_by=told_by), episodes(12, seed=1, told_by=told_by)
     classifier, metrics = train_success_classifier(train, val, tmp_path, steps=60, batch_size=16, learning_rate=3e-3)
-    (suite,) = metrics
+    suite, motion = metrics
+    assert motion == f"{suite}/motion"
     assert metrics[suite]["accuracy"] == 1.0 and metrics[suite]["frame_auroc"] > 0.99
+    assert (metrics[motion]["accuracy"] == 1.0) == (told_by == "motion")
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
     assert loaded.threshold == classifier.threshold == {suite: metrics[suite]["threshold"]}
-    assert torch.equal(loaded.logit_scale, classifier.logit_scale)
+    assert loaded.motion_threshold == classifier.motion_threshold == {suite: metrics[motion]["threshold"]}
+    for name in ("logit_scale", "motion_scale", "motion_bias"):
+        assert torch.equal(loaded.get_buffer(name), classifier.get_buffer(name))
     # Begun from the result, one step is enough.
     out = tmp_path / "again"
     _, again = train_success_classifier(train, val, out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded)
     assert again[suite]["accuracy"] == 1.0
+
+
+def test_the_motion_learns_from_episodes_of_its_own(tmp_path: Path) -> None:
+    train, val = episodes(16), episodes(12, seed=1, told_by="motion")
+    motion = without_pictures(episodes(16, told_by="motion"))
+    _, metrics = train_success_classifier(
+        train, val, tmp_path, motion_arrays=motion, steps=60, batch_size=16, learning_rate=3e-3
+    )
+    assert metrics["libero_object/motion"]["accuracy"] == 1.0
 
 
 def test_episodes_of_different_lengths_are_judged_as_alone() -> None:

@@ -29,7 +29,12 @@ from prophet_gym.world_model.action_conditioning import (
     update_hold,
 )
 from prophet_gym.world_model.history import advance_history
-from prophet_gym.world_model.imagination import imagine_episodes, imagine_training_episodes, track_holds
+from prophet_gym.world_model.imagination import (
+    imagine_episodes,
+    imagine_motions,
+    imagine_training_episodes,
+    track_holds,
+)
 from prophet_gym.world_model.losses import (
     _Window,
     autoencoder_loss,
@@ -315,6 +320,14 @@ def test_episodes_of_different_lengths_are_imagined_to_their_ends(pipeline: Prop
     for frames in (imagined.frames, own.frames):
         last = arrays.starts + arrays.lengths - 1
         assert all(not torch.equal(frames[row], arrays.frames[row]) for row in last)
+
+
+def test_imagined_motions_are_those_of_imagined_episodes(pipeline: ProphetPipeline) -> None:
+    arrays = concatenate([episodes(2, length=5), episodes(3, length=9, seed=1)])
+    with_video, motions = imagine_episodes(pipeline, arrays, count=5, seed=0), imagine_motions(pipeline, arrays)
+    torch.testing.assert_close(motions.proprio, with_video.proprio, atol=1e-5, rtol=1e-5)
+    assert torch.equal(motions.success, arrays.success) and motions.records == arrays.records
+    assert not torch.equal(motions.proprio, arrays.proprio) and motions.frames.shape == (len(arrays.frames), 1, 1, 3)
 
 
 def test_frame_condition_is_masked_and_standardised_for_each_robot() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -109,6 +109,11 @@ def concatenate(parts: Sequence[EpisodeArrays]) -> EpisodeArrays:
         starts=torch.cat([part.starts + offset for part, offset in zip(parts, offsets, strict=True)]),
         records=tuple(record for part in parts for record in part.records),
     )
+
+
+def without_pictures(arrays: EpisodeArrays) -> EpisodeArrays:
+    """The same episodes with frames of a single black pixel: what concerns the motion alone need not hold gigabytes."""
+    return replace(arrays, frames=torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(len(arrays.frames), -1, -1, -1))
 
 
 def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays, Tensor]:

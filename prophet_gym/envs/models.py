@@ -74,14 +74,27 @@ class WorldModel(Protocol):
         :param suites: B names, by which a world model knows the cameras.
         """
 
+    def imagine_motion(
+        self, state: torch.Tensor, actions: torch.Tensor, *, starts: NDArray[np.uint8], suites: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the proprioception does during one chunk, float32 (B, chunk_frames, 8), and the state after it.
+
+        :param starts: uint8 (B, H, W, 3), the first frames of these episodes.
+        """
+
 
 def resolve_models(
-    world_model: str | Path | WorldModel, reward_model: str | Path | RewardModel, device: str, dtype: str
+    world_model: str | Path | WorldModel,
+    reward_model: str | Path | RewardModel,
+    device: str,
+    dtype: str,
+    video: bool = True,
 ) -> tuple[WorldModel, RewardModel]:
     """The models themselves, each from its name in the wheel, a path written by ``save_pretrained``, or itself.
 
     :param device: of models given by name or path: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda:0"`` ...
     :param dtype: of a world model given by name or path: ``"auto"`` (float32) or one of :data:`DTYPES`.
+    :param video: what they are needed for: video, or the motion alone.
     :raises FileNotFoundError: no such name or path.
     :raises ValueError: damaged weights, an unknown device or dtype, or one for a model that is given as an object.
     :raises TypeError: an object that lacks what :class:`WorldModel` or ``RewardModel`` has.
@@ -98,9 +111,10 @@ def resolve_models(
     reward: Any = reward_model
     if isinstance(reward_model, str | Path):
         reward = load_reward_model(reward_model, device)
+    imagines = ("init_history", "imagine") if video else ("imagine_motion",)
     for model, needs in (
-        (world, ("init_history", "init_state", "imagine", "chunk_size", "chunk_frames", "image_size", "action_dim")),
-        (reward, ("score", "threshold")),
+        (world, (*imagines, "init_state", "chunk_size", "chunk_frames", "image_size", "action_dim")),
+        (reward, ("score", "threshold" if video else "motion_threshold")),
     ):
         if missing := [name for name in needs if not hasattr(model, name)]:
             raise TypeError(

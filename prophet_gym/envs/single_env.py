@@ -72,7 +72,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Arguments
     `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`,
-    `device`, `dtype`, `start_states` and `render_mode`: see :class:`ProphetVectorEnv`.
+    `device`, `dtype`, `start_states`, `render_mode` and `video`: see :class:`ProphetVectorEnv`.
 
     ```python
     >>> import gymnasium as gym
@@ -106,6 +106,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
         dtype: str = "auto",
         start_states: str | os.PathLike[str] | None = None,
         render_mode: str | None = None,
+        video: bool = True,
     ) -> None:
         self.envs = ProphetVectorEnv(
             num_envs=1,
@@ -122,7 +123,9 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
             start_states=start_states,
             autoreset_mode=AutoresetMode.DISABLED,
             render_mode=render_mode,
+            video=video,
         )
+        self.metadata = {**self.metadata, "render_modes": self.envs.metadata["render_modes"]}
         self.render_mode = render_mode
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space

@@ -58,6 +58,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param start_states: parquet file of start states; None is the one in the wheel.
     :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
     :param render_mode: None or ``"rgb_array"``.
+    :param video: False: only the robot's motion is imagined, many times as fast, and the judge hears of it alone.
+        Observations have no ``image``, infos no ``frames``; for policies that need none, and the same motion otherwise.
 
     The attribute ``paused``, bool (num_envs,), is yours to set: :meth:`step` leaves those envs as they are and spends
     nothing on them (an algorithm that waits for the last episodes of a batch). They repeat their observation with
@@ -90,7 +92,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         start_states: str | os.PathLike[str] | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
+        video: bool = True,
     ) -> None:
+        if not video:
+            self.metadata = {**self.metadata, "render_modes": []}
         for name, value in (
             ("num_envs", num_envs),
             ("max_chunks", max_chunks),
@@ -111,7 +116,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self.suite, self.split = suite, split
         self.task = None if task is None else self.start_states.task_number(suite, split, task)
         self.start_states.tasks(suite, split)
-        self.world_model, self.reward_model = resolve_models(world_model, reward_model, device, dtype)
+        self.video = video
+        self.world_model, self.reward_model = resolve_models(world_model, reward_model, device, dtype, video)
         self.reward_type, self.max_chunks, self.num_sampling_steps = reward_type, max_chunks, num_sampling_steps
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -124,22 +130,23 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"model works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
             )
         self.num_envs = num_envs
-        self.single_observation_space = gym.spaces.Dict(
-            {
-                "image": gym.spaces.Box(0, 255, (size, size, 3), np.uint8),
-                "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
-                "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
-            }
-        )
+        entries: dict[str, gym.spaces.Space[Any]] = {
+            "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
+            "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
+        }
+        if video:
+            entries["image"] = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.single_observation_space = gym.spaces.Dict(entries)
         chunk = (self.world_model.chunk_size, self.world_model.action_dim)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, chunk, np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
         frames = 1 + max_chunks * self.world_model.chunk_frames
-        self._clips = np.zeros((num_envs, frames, size, size, 3), np.uint8)  # the episode so far, start first
+        # The episode so far, start first; without video, the start alone.
+        self._clips = np.zeros((num_envs, frames if video else 1, size, size, 3), np.uint8)
         self._proprio = np.zeros((num_envs, frames, PROPRIO_DIM), np.float32)  # at each frame
-        self._lengths = np.zeros(num_envs, np.int64)  # frames in each clip
+        self._lengths = np.zeros(num_envs, np.int64)  # frames so far
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
         self._solved = np.zeros(num_envs, np.bool_)  # the probability has reached the threshold
@@ -233,7 +240,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             terminated[rows] = self._solved[rows]
             rewards[rows] = terminated[rows] if self.reward_type == "sparse" else self._probability[rows] - before
         truncated = np.zeros(self.num_envs, np.bool_)
-        truncated[rows] = ~terminated[rows] & (self._lengths[rows] == self._clips.shape[1])
+        truncated[rows] = ~terminated[rows] & (self._lengths[rows] == self._proprio.shape[1])
         infos: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             begin = terminated | truncated
@@ -260,7 +267,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         return tuple(self._observations()["image"])
 
     def clips(self) -> list[NDArray[np.uint8]]:
-        """The video of every env's episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second."""
+        """The video of every env's episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second.
+
+        :raises ValueError: the env was made with ``video=False``.
+        """
+        if not self.video:
+            raise ValueError("video=False imagines no frames: make the env with video=True to see clips.")
         return [clip[:length].copy() for clip, length in zip(self._clips, self._lengths, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
@@ -281,21 +293,24 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Restore what :meth:`get_state` returned: the same actions then give the same future, bit for bit.
 
         :param state: of this env, or of another one with the same arguments.
-        :raises ValueError: the state of an env with another number of envs, frame size or longer episodes.
+        :raises ValueError: the state of an env with another number of envs, frame size or longer episodes, or with
+            video where this one has none.
         """
-        clips = state["clips"]
+        clips, proprio = state["clips"], state["proprio"]
         if (
             clips.shape[0] != self.num_envs
             or clips.shape[2:] != self._clips.shape[2:]
-            or clips.shape[1] > self._clips.shape[1]
+            or proprio.shape[1] > self._proprio.shape[1]
+            or (state["_history"] is not None) != self.video
         ):
             raise ValueError(
-                f"This state has clips of shape {clips.shape}, which do not fit into this env's {self._clips.shape}."
+                f"This state has clips of shape {clips.shape} and proprio of shape {proprio.shape}, which do not fit "
+                f"into this env's {self._clips.shape} and {self._proprio.shape}."
             )
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state[name]))
         self._clips[:, : clips.shape[1]] = clips
-        self._proprio[:, : clips.shape[1]] = state["proprio"]
+        self._proprio[:, : proprio.shape[1]] = proprio
         for i in range(self.num_envs):
             self._rng(i).bit_generator.state = state["np_random"][i]
             self._noise[i].set_state(state["noise"][i])
@@ -327,13 +342,16 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     def _begin(self, rows: NDArray[np.int64], starts: Sequence[StartState]) -> None:
         """Begin an episode from ``starts[k]`` in env ``rows[k]``."""
         images, proprio = (np.stack([getattr(start, name) for start in starts]) for name in ("image", "proprio"))
-        history = self.world_model.init_history(images)
-        state = self.world_model.init_state(torch.from_numpy(proprio))
-        if self._history is None or self._state is None:
-            self._history = history.new_zeros((self.num_envs, *history.shape[1:]))
-            self._state = state.new_zeros((self.num_envs, *state.shape[1:]))
         index = torch.from_numpy(rows)
-        self._history[index], self._state[index] = history, state
+        state = self.world_model.init_state(torch.from_numpy(proprio))
+        if self._state is None:
+            self._state = state.new_zeros((self.num_envs, *state.shape[1:]))
+        self._state[index] = state
+        if self.video:
+            history = self.world_model.init_history(images)
+            if self._history is None:
+                self._history = history.new_zeros((self.num_envs, *history.shape[1:]))
+            self._history[index] = history
         self._clips[rows, 0], self._proprio[rows, 0] = images, proprio
         self._lengths[rows] = 1
         self._done[rows] = False
@@ -352,27 +370,35 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
-        assert self._history is not None and self._state is not None  # reset() comes first
-        device, index = self._history.device, torch.from_numpy(rows)
-        chunk = self.world_model.imagine(
-            self._history[index],
-            self._state[index],
-            torch.from_numpy(actions).to(device),
-            images=self._clips[rows[:, None], np.stack([np.zeros_like(rows), self._lengths[rows] - 1], axis=1)],
-            suites=self._suites_of(rows),
-            generator=[self._noise[i] for i in rows.tolist()],
-            num_inference_steps=self.num_sampling_steps,
-        )
-        finite = chunk.state.isfinite().all(dim=1).cpu().numpy()
+        assert self._state is not None  # reset() comes first
+        index, suites, chunk_actions = torch.from_numpy(rows), self._suites_of(rows), torch.from_numpy(actions)
+        new = self._lengths[rows, None] + np.arange(self.world_model.chunk_frames)
+        if self.video:
+            assert self._history is not None
+            chunk = self.world_model.imagine(
+                self._history[index],
+                self._state[index],
+                chunk_actions,
+                images=self._clips[rows[:, None], np.stack([np.zeros_like(rows), self._lengths[rows] - 1], axis=1)],
+                suites=suites,
+                generator=[self._noise[i] for i in rows.tolist()],
+                num_inference_steps=self.num_sampling_steps,
+            )
+            proprio, state = chunk.proprio, chunk.state
+            self._history[index] = chunk.history
+            self._clips[rows[:, None], new] = chunk.frames.numpy()
+        else:
+            proprio, state = self.world_model.imagine_motion(
+                self._state[index], chunk_actions, starts=self._clips[rows, 0], suites=suites
+            )
+        finite = state.isfinite().all(dim=1).cpu().numpy()
         if not finite.all():
             lost = rows[~finite].tolist()
             raise FloatingPointError(
                 f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
             )
-        self._history[index], self._state[index] = chunk.history, chunk.state
-        new = self._lengths[rows, None] + np.arange(self.world_model.chunk_frames)
-        self._clips[rows[:, None], new] = chunk.frames.numpy()
-        self._proprio[rows[:, None], new] = chunk.proprio.numpy()
+        self._state[index] = state
+        self._proprio[rows[:, None], new] = proprio.numpy()
         self._lengths[rows] += self.world_model.chunk_frames
         self._judge(rows)
 
@@ -381,13 +407,13 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         lengths = self._lengths[rows]
         chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
         self._probability[rows] = self.reward_model.score(
-            self._clips[chosen, : lengths.max()],
+            self._clips[chosen, : lengths.max()] if self.video else None,
             self._proprio[chosen, : lengths.max()],
             lengths,
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
         )
-        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, self._suites_of(rows))
+        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, self._suites_of(rows), self.video)
 
     def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         array = np.asarray(actions)
@@ -405,13 +431,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         return array.astype(np.float32)
 
     def _observations(self) -> Observation:
-        assert self._state is not None  # reset() comes first
         latest = np.arange(self.num_envs), self._lengths - 1
-        return {
-            "image": self._clips[latest],
-            "proprio": self._proprio[latest],
-            "instruction": self._embeddings.copy(),
-        }
+        observations = {"proprio": self._proprio[latest], "instruction": self._embeddings.copy()}
+        return observations | ({"image": self._clips[latest]} if self.video else {})
 
     def _info(self, i: int) -> dict[str, Any]:
         start, length, frames = self._starts[i], self._lengths[i], self.world_model.chunk_frames
@@ -426,6 +448,6 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             "is_success": bool(not began and self._solved[i]),
             "seed": self._seeds[i],
         }
-        if not began:
+        if self.video and not began:
             info["frames"] = self._clips[i, length - frames : length].copy()
         return info

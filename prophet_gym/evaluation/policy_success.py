@@ -21,7 +21,7 @@ class Rollouts:
     Attributes:
         success: bool (N,), one entry per episode.
         task, init_state: int (N,), where each episode began.
-        videos: uint8 (T, H, W, 3) of the first episode of each task.
+        videos: uint8 (T, H, W, 3) of the first episode of each task; none where there is no video.
     """
 
     success: NDArray[np.bool_]
@@ -79,22 +79,23 @@ def evaluate_in_prophet(
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
     running, success = np.ones(len(starts), bool), np.zeros(len(starts), bool)
-    clips = [observation["image"][:, None].copy()]
     ends = np.ones(len(starts), int)
+    clips = [observation["image"][:, None].copy()] if env.video else []
     for _ in tqdm(range(env.max_chunks), desc="in Prophet", leave=False):
         actions, _ = policy.predict(observation, deterministic=deterministic)
         observation, _, terminated, truncated, info = env.step(actions)
-        clips.append(info["frames"])
-        ends[running] += info["frames"].shape[1]
+        if env.video:
+            clips.append(info["frames"])
+            ends[running] += info["frames"].shape[1]
         success |= running & terminated
         running &= ~(terminated | truncated)
         env.paused = ~running
         if not running.any():
             break
     env.close()
-    video = np.concatenate(clips, axis=1)
-    first = [int(np.flatnonzero(starts[:, 0] == task)[0]) for task in np.unique(starts[:, 0])]
-    return Rollouts(success, starts[:, 0], starts[:, 1], [video[index, : ends[index]] for index in first])
+    first = [int(np.flatnonzero(starts[:, 0] == task)[0]) for task in np.unique(starts[:, 0])] if env.video else []
+    videos = [np.concatenate([clip[index] for clip in clips])[: ends[index]] for index in first]
+    return Rollouts(success, starts[:, 0], starts[:, 1], videos)
 
 
 def evaluate_in_libero(

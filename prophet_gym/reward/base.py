@@ -8,18 +8,21 @@ from numpy.typing import NDArray
 
 
 class RewardModel(Protocol):
-    """Judges rollouts. Anything with this method and attribute can be passed as `reward_model=` to the environments.
+    """Judges rollouts. Anything with this method and the threshold that is needed can be passed as `reward_model=` to
+    the environments.
 
     Attributes:
         threshold: an episode is taken for solved when its probability reaches this value, in (0, 1); one number, or one
             for each suite.
+        motion_threshold: the same for the probabilities that it gives without frames (environments with `video=False`).
     """
 
     threshold: float | Mapping[str, float]
+    motion_threshold: float | Mapping[str, float]
 
     def score(
         self,
-        frames: NDArray[np.uint8],
+        frames: NDArray[np.uint8] | None,
         proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
@@ -29,6 +32,7 @@ class RewardModel(Protocol):
 
         Args:
             frames: uint8 (B, T_max, H, W, 3), upright RGB; row i is valid up to `lengths[i]`, from the start frame on.
+                None where only the motion was imagined (`video=False`).
             proprio: float32 (B, T_max, P), the proprioception at each frame: in imagination, Prophet's estimate.
             lengths: int (B,), at least 1.
             instructions: B sentences.
@@ -40,9 +44,10 @@ class RewardModel(Protocol):
         ...
 
 
-def thresholds(reward_model: RewardModel, suites: Sequence[str]) -> NDArray[np.float64]:
-    """The threshold of each of these suites, float64 (N,); the highest of all for a suite that has none."""
-    threshold = reward_model.threshold
+def thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:
+    """The threshold of each of these suites, float64 (N,), for verdicts on `video` or on the motion alone; the highest
+    of all for a suite that has none."""
+    threshold = reward_model.threshold if video else reward_model.motion_threshold
     if isinstance(threshold, Mapping):
         return np.array([threshold.get(suite, max(threshold.values())) for suite in suites])
     return np.full(len(suites), threshold, np.float64)

@@ -46,7 +46,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
     modulates the feature maps (FiLM) and selects what to look at. The motion says where the fingers closed, whether
     something kept them apart, and where they opened again, also when the picture has become vague. Neither learns to
     rely on the other: each has a loss of its own, and `logit_scale` and `logit_bias` weigh the two logits on held-out
-    data (logistic regression, which is Platt scaling of two scores).
+    data (logistic regression, which is Platt scaling of two scores); `motion_scale` and `motion_bias` do so for the
+    motion where there is no video.
 
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
@@ -55,6 +56,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         hidden_dim (`int`, defaults to `96`): width of the recurrent network.
         threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
+        motion_threshold (`float` or `dict[str, float]`, defaults to `0.5`): the same where there is no video.
     """
 
     @register_to_config
@@ -65,6 +67,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         proprio_dim: int = 8,
         hidden_dim: int = 96,
         threshold: float | dict[str, float] = 0.5,
+        motion_threshold: float | dict[str, float] = 0.5,
     ) -> None:
         super().__init__()
         first, second, third = channels
@@ -83,18 +86,25 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
         self.register_buffer("logit_scale", torch.full((2,), 0.5))
         self.register_buffer("logit_bias", torch.zeros(()))
+        self.register_buffer("motion_scale", torch.ones(()))
+        self.register_buffer("motion_bias", torch.zeros(()))
 
     @classmethod
     def tiny_random(cls, seed: int = 0) -> "SuccessClassifier":
         """Build an untrained classifier in a very small configuration, for tests."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(channels=(4, 8, 8), hidden_dim=8, threshold=0.9).eval()
+            return cls(channels=(4, 8, 8), hidden_dim=8, threshold=0.9, motion_threshold=0.9).eval()
 
     @property
     def threshold(self) -> float | dict[str, float]:
         """Probability from which an episode counts as solved, or that of each suite."""
         return self.config.threshold
+
+    @property
+    def motion_threshold(self) -> float | dict[str, float]:
+        """The same for probabilities of the motion alone."""
+        return self.config.motion_threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the logits of the frames alone.
@@ -145,18 +155,29 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         """Calibrated probabilities (B,) of the logits of frames and motion, (B, 2)."""
         return torch.sigmoid((logits * self.logit_scale).sum(-1) + self.logit_bias)
 
+    def motion_probability(self, logits: torch.Tensor) -> torch.Tensor:
+        """Calibrated probabilities of the logits of the motion alone, same shape."""
+        return torch.sigmoid(logits * self.motion_scale + self.motion_bias)
+
     @torch.inference_mode()
     def score(
         self,
-        frames: NDArray[np.uint8],
+        frames: NDArray[np.uint8] | None,
         proprio: NDArray[np.float32],
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Calibrated success probabilities, see `RewardModel.score`."""
-        rows = np.arange(len(frames))
-        clips = np.stack([frames[:, 0], frames[rows, np.maximum(lengths - 2, 0)], frames[rows, lengths - 1]], axis=1)
-        seen, motion, task = (torch.from_numpy(values).to(self.device) for values in (clips, proprio, embeddings))
-        moved = self.motion_logits(motion, task)[torch.from_numpy(rows), torch.from_numpy(lengths) - 1]
-        return self.probability(torch.stack([self(seen, task), moved], dim=1)).float().cpu().numpy()
+        rows = np.arange(len(lengths))
+        motion, task = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings))
+        moved = self.motion_logits(motion, task)[rows, lengths - 1]
+        if frames is None:
+            probability = self.motion_probability(moved)
+        else:
+            clips = np.stack(
+                [frames[:, 0], frames[rows, np.maximum(lengths - 2, 0)], frames[rows, lengths - 1]], axis=1
+            )
+            seen = self(torch.from_numpy(clips).to(self.device), task)
+            probability = self.probability(torch.stack([seen, moved], dim=1))
+        return probability.float().cpu().numpy()

@@ -22,6 +22,7 @@ def train_success_classifier(
     val_arrays: EpisodeArrays,
     out: str | os.PathLike[str],
     *,
+    motion_arrays: EpisodeArrays | None = None,
     steps: int = 3000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
@@ -35,42 +36,29 @@ def train_success_classifier(
     Args:
         train_arrays, val_arrays: episodes with frame-wise verdicts.
         out: folder; checkpoints and TensorBoard logs too. The same call resumes a killed run.
+        motion_arrays: episodes from which the motion learns, and only the motion; None: `train_arrays`.
         steps, batch_size, learning_rate, seed, device: of the training.
         init: a classifier to begin from, which stays as it is; None begins from random weights.
         max_false_success_rate: share of a suite's failed validation episodes that its threshold lets pass at most:
             false successes are what RL exploits.
 
     Returns:
-        The classifier, and its metrics on each suite of `val_arrays` (see `episode_metrics`; and the AUROC over
-        frames), also written to `reward/metrics.json`.
+        The classifier, and its metrics on `val_arrays` (see `calibrate`), also written to `reward/metrics.json`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    motion_arrays = train_arrays if motion_arrays is None else motion_arrays
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = SuccessClassifier() if init is None else copy.deepcopy(init).float()
         if init is None:
-            classifier.proprio_mean.copy_(train_arrays.proprio.mean(0))
-            classifier.proprio_std.copy_(train_arrays.proprio.std(0).clamp(min=0.01))
+            classifier.proprio_mean.copy_(motion_arrays.proprio.mean(0))
+            classifier.proprio_std.copy_(motion_arrays.proprio.std(0).clamp(min=0.01))
         classifier.to(device)
-    loss_fn = classification_loss(classifier, train_arrays, batch_size)
+    loss_fn = classification_loss(classifier, train_arrays, motion_arrays, batch_size)
     fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)
 
-    logits = frame_logits(classifier, val_arrays)
-    _calibrate(classifier, logits, val_arrays.success)
-    with torch.no_grad():
-        probability = classifier.probability(logits.to(device)).cpu()
-    peak, solved = episode_peaks(val_arrays, probability)
-    suites = np.array([record.suite for record in val_arrays.records])
-    frame_suites = np.repeat(suites, val_arrays.lengths.numpy())
-    thresholds: dict[str, float] = {}
-    metrics: dict[str, dict[str, float]] = {}
-    for suite in np.unique(suites).tolist():
-        own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
-        thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
-        auroc = binary_auroc(probability[frames], val_arrays.success[frames].long())
-        metrics[suite] = {"frame_auroc": float(auroc)} | episode_metrics(peak[own], solved[own], thresholds[suite])
-    classifier.register_to_config(threshold=thresholds)
+    metrics = calibrate(classifier, val_arrays, max_false_success_rate)
     temporary = out / ".reward.tmp"
     classifier.save_pretrained(temporary)
     (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -78,14 +66,16 @@ def train_success_classifier(
     return classifier, metrics
 
 
-def classification_loss(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int) -> LossFn:
+def classification_loss(
+    classifier: SuccessClassifier, arrays: EpisodeArrays, motion: EpisodeArrays, batch_size: int
+) -> LossFn:
     """Binary cross-entropy of both witnesses, summed.
 
     Frames: half solved ones, a quarter from the ends of episodes that failed, a quarter any. Brightness, noise and blur
-    are varied, so that a decoder's artefacts do not decide. Motion: all times of as many episodes, whose poses are
-    shifted a little.
+    are varied, so that a decoder's artefacts do not decide. Motion: all times of as many episodes of `motion`, whose
+    poses are shifted a little.
     """
-    embeddings = _embeddings(arrays)
+    embeddings, motion_embeddings = _embeddings(arrays), _embeddings(motion)
     episode, first = _owners(arrays)
     solved = arrays.success.nonzero()[:, 0]
     last = arrays.starts + arrays.lengths - 1
@@ -106,12 +96,12 @@ def classification_loss(classifier: SuccessClassifier, arrays: EpisodeArrays, ba
         target = arrays.success[rows].float().to(classifier.device)
         seen_loss = F.binary_cross_entropy_with_logits(logits, target)
 
-        chosen = torch.randint(len(arrays.starts), (batch_size,), generator=generator)
-        times, inside = _times(arrays, chosen)
-        shift = 0.03 * torch.randn(batch_size, 1, arrays.proprio.shape[1], generator=generator)
-        proprio = arrays.proprio[times].to(classifier.device) + shift.to(classifier.device) * classifier.proprio_std
-        moved = classifier.motion_logits(proprio, embeddings[chosen].to(classifier.device))[inside]
-        solved_then = arrays.success[times][inside].float().to(classifier.device)
+        chosen = torch.randint(len(motion.starts), (batch_size,), generator=generator)
+        times, inside = _times(motion, chosen)
+        shift = 0.03 * torch.randn(batch_size, 1, motion.proprio.shape[1], generator=generator)
+        proprio = motion.proprio[times].to(classifier.device) + shift.to(classifier.device) * classifier.proprio_std
+        moved = classifier.motion_logits(proprio, motion_embeddings[chosen].to(classifier.device))[inside]
+        solved_then = motion.success[times][inside].float().to(classifier.device)
         moved_loss = F.binary_cross_entropy_with_logits(moved, solved_then)
         return seen_loss + moved_loss, {
             "frames_accuracy": ((logits > 0) == (target > 0)).float().mean().item(),
@@ -158,9 +148,45 @@ def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_siz
     return logits
 
 
-def _calibrate(classifier: SuccessClassifier, logits: torch.Tensor, success: torch.Tensor) -> None:
-    """The scales and the bias of the logits (N, 2) that minimise the cross-entropy on held-out frames."""
-    scale, bias = torch.full((2,), 0.5, requires_grad=True), torch.zeros((), requires_grad=True)
+def calibrate(
+    classifier: SuccessClassifier, arrays: EpisodeArrays, max_false_success_rate: float
+) -> dict[str, dict[str, float]]:
+    """Set the scales, biases and thresholds of both verdicts, with video and of the motion alone, by held-out episodes.
+
+    Returns:
+        Metrics of each suite (see `episode_metrics`; and the AUROC over frames) of the verdict with video, and of that
+        of the motion alone under "SUITE/motion".
+    """
+    logits = frame_logits(classifier, arrays)
+    scale, classifier.logit_bias[...] = _fit_logistic(logits, arrays.success)
+    classifier.logit_scale.copy_(scale)
+    scale, classifier.motion_bias[...] = _fit_logistic(logits[:, 1:], arrays.success)
+    classifier.motion_scale.copy_(scale[0])
+    suites = np.array([record.suite for record in arrays.records])
+    frame_suites = np.repeat(suites, arrays.lengths.numpy())
+    metrics: dict[str, dict[str, float]] = {}
+    logits = logits.to(classifier.device)
+    for verdict, name, probability in (
+        ("", "threshold", classifier.probability(logits)),
+        ("/motion", "motion_threshold", classifier.motion_probability(logits[:, 1])),
+    ):
+        probability = probability.cpu()
+        peak, solved = episode_peaks(arrays, probability)
+        thresholds = {}
+        for suite in np.unique(suites).tolist():
+            own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
+            thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
+            auroc = binary_auroc(probability[frames], arrays.success[frames].long())
+            metrics[suite + verdict] = {"frame_auroc": float(auroc)} | episode_metrics(
+                peak[own], solved[own], thresholds[suite]
+            )
+        classifier.register_to_config(**{name: thresholds})
+    return metrics
+
+
+def _fit_logistic(logits: torch.Tensor, success: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales (C,) and the bias () of logits (N, C) that minimise the cross-entropy on held-out frames."""
+    scale, bias = torch.full(logits.shape[1:], 0.5, requires_grad=True), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
 
     def closure() -> torch.Tensor:
@@ -170,8 +196,7 @@ def _calibrate(classifier: SuccessClassifier, logits: torch.Tensor, success: tor
         return loss
 
     optimizer.step(closure)
-    classifier.logit_scale.copy_(scale.detach())
-    classifier.logit_bias.copy_(bias.detach())
+    return scale.detach(), bias.detach()
 
 
 def episode_peaks(

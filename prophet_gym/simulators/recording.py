@@ -101,6 +101,7 @@ def record(
     workers: int | None = None,
     policy: Policy | None = None,
     split: str | None = None,
+    video: bool = True,
 ) -> Path:
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
@@ -112,6 +113,8 @@ def record(
         workers: processes; None is one per core. Each needs up to 2.5 GB with LIBERO, 0.5 GB with the others.
         policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
         split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
+        video: False renders the first frame alone, which stands for all: half the time, for the proprioception and the
+            motion of the judge, which need no other.
 
     Returns:
         the folder of the finished data set.
@@ -135,7 +138,7 @@ def record(
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
         by_task = [[plan for plan in plans if plan.task == task] for task in SUITES[suite].tasks]
-        jobs = [pool.submit(_record_task, suite, root, some, policy) for some in by_task if some]
+        jobs = [pool.submit(_record_task, suite, root, some, policy, video) for some in by_task if some]
         while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
             try:
                 written.get(timeout=1.0)
@@ -146,12 +149,15 @@ def record(
             if job.done() and job.exception():
                 pool.shutdown(wait=False, cancel_futures=True)
         cameras = [job.result() for job in jobs]
-    _writer(root, cameras[0], SUITES[suite].robot).finalize(episodes)
+    _writer(root, cameras[0], SUITES[suite].robot, video).finalize(episodes)
     return root
 
 
-def record_episode(simulation: Simulation, plan: EpisodePlan, policy: Policy | None = None) -> Episode:
-    """Run one planned episode and keep what the camera saw; `policy` acts if that is the plan."""
+def record_episode(
+    simulation: Simulation, plan: EpisodePlan, policy: Policy | None = None, video: bool = True
+) -> Episode:
+    """Run one planned episode and keep what the camera saw, or the first frame of it; `policy` acts if that is the
+    plan."""
     suite = SUITES[simulation.suite]
     rng = np.random.default_rng([plan.seed, 1])
     replayed = plan.recipe in COUNTERFACTUALS
@@ -179,7 +185,7 @@ def record_episode(simulation: Simulation, plan: EpisodePlan, policy: Policy | N
             actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0) * suite.robot.action_mask
         simulation.step(actions[step].astype(np.float64))
         if (step + 1) % FRAME_STRIDE == 0:
-            frames.append(simulation.render())
+            frames.append(simulation.render() if video else frames[0])
             proprio.append(simulation.proprio())
             success.append(simulation.is_success())
     return Episode(
@@ -243,7 +249,7 @@ def _start_worker(written: Any) -> None:
 
 
 def _record_task(
-    suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | None = None
+    suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | None = None, video: bool = True
 ) -> dict[str, list[list[float]]]:
     import torch
 
@@ -251,14 +257,14 @@ def _record_task(
 
     simulation = SUITES[suite].load(suite, plans[0].task, IMAGE_SIZE)
     camera = simulation.camera()
-    writer = _writer(root, camera, SUITES[suite].robot)
+    writer = _writer(root, camera, SUITES[suite].robot, video)
     for plan in plans:
         earlier = writer.written(plan.index)
         if earlier is not None:
             check_resumed(root, earlier, suite, plan)
         else:
             torch.manual_seed(plan.seed)  # the policy's noise
-            writer.write_episode(plan.index, record_episode(simulation, plan, policy))
+            writer.write_episode(plan.index, record_episode(simulation, plan, policy, video))
         _written.put(plan.index)
     simulation.close()
     return camera
@@ -276,7 +282,7 @@ def check_resumed(root: Path, earlier: EpisodeRecord, suite: str, plan: EpisodeP
         )
 
 
-def _writer(root: Path, camera: dict[str, list[list[float]]], robot: Robot) -> LeRobotWriter:
+def _writer(root: Path, camera: dict[str, list[list[float]]], robot: Robot, video: bool) -> LeRobotWriter:
     return LeRobotWriter(
         root,
         fps=FPS,
@@ -286,4 +292,5 @@ def _writer(root: Path, camera: dict[str, list[list[float]]], robot: Robot) -> L
         robot=robot.name,
         action_mask=robot.action_mask,
         action_units=robot.action_units,
+        video=video,
     )

@@ -39,6 +39,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decoder": {"steps": 1200, "batch_size": 32, "learning_rate": 7e-4},
         "transformer-own-history": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
     },
+    # The proprioception alone, from many episodes of all robots that the pipeline knows; they need no video.
+    "motion": {"proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 1e-3}},
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},
@@ -83,13 +85,16 @@ def adapt(
         The adapted pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown recipe, lora_rank below 1, or episodes of another stride, size or robot state than the
-            pipeline's, of more robots than it has slots, or of robots that do not agree with it, see `set_robots`.
+        ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, or episodes of another stride,
+            size or robot state than the pipeline's, of more robots than it has slots, or of robots that do not agree
+            with it, see `set_robots`.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:
         raise ValueError(f"Unknown recipe {recipe!r}; choose one of {sorted(RECIPES)}.")
     if lora_rank is not None:
+        if "transformer" not in RECIPES[recipe]:
+            raise ValueError(f"The recipe {recipe!r} does not train the transformer: leave lora_rank out.")
         check_lora(lora_rank)
     config, out = pipeline.proprioception.config, Path(out)
     expected = {
@@ -112,7 +117,8 @@ def adapt(
             torch.manual_seed(seed)
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
-    latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
-    fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
+    if "transformer" in stages:
+        latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
+        fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
     save_pipeline(pipeline, out)
     return pipeline

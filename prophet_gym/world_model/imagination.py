@@ -1,12 +1,12 @@
 """Recorded episodes, imagined: what Prophet is measured by, and what it and its judge also train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate
+from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
 from prophet_gym.training import best_precision
 from prophet_gym.world_model.action_conditioning import HOLD_DIM, carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -83,6 +83,26 @@ def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Ten
         lengths=torch.full((len(chosen),), length),
         records=tuple(arrays.records[episode] for episode in chosen),
     )
+
+
+@torch.inference_mode()
+def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int = 256) -> EpisodeArrays:
+    """All episodes with Prophet's estimate of their proprioception, from the first frames and the actions, and without
+    pictures: a judge that trains on them learns what the motion looks like where Prophet errs."""
+    model = pipeline.proprioception
+    proprio = arrays.proprio.clone()
+    for episodes in torch.arange(len(arrays.starts)).split(batch_size):
+        starts, lengths = arrays.starts[episodes], arrays.lengths[episodes]
+        suites = [arrays.records[episode].suite for episode in episodes]
+        projection, robot = pipeline.projection(suites).to(model.device), pipeline.robot(suites).to(model.device)
+        pixels = frames_to_pixels(arrays.frames[starts]).to(model.device)
+        state = model.init_state(proprio[starts].to(model.device))
+        for frame in range(1, int(lengths.max())):
+            rows = starts + lengths.minimum(torch.tensor(frame)) - 1  # where an episode is over, its last one
+            state = model(state, arrays.actions[rows].to(model.device), pixels, projection, robot)
+            running = frame < lengths
+            proprio[starts[running] + frame] = state[running, : proprio.shape[1]].cpu()
+    return without_pictures(replace(arrays, proprio=proprio))
 
 
 def track_holds(arrays: EpisodeArrays) -> torch.Tensor:

@@ -272,7 +272,9 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: shapes do not fit together, or num_inference_steps < 1.
         """
-        self._check_inputs(history, state, actions, images, suites, num_inference_steps)
+        self._check_inputs(suites, history=history, state=state, actions=actions, images=images)
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
         start, latest = frames_to_pixels(torch.as_tensor(images)).to(self.device, self.vae.dtype).unbind(1)
         projection, robot = self.projection(suites).to(self.device), self.robot(suites).to(self.device)
         actions = actions.to(self.device, torch.float32)
@@ -287,6 +289,30 @@ class ProphetPipeline(DiffusionPipeline):
         )
 
     __call__ = imagine
+
+    @torch.inference_mode()
+    def imagine_motion(
+        self, state: torch.Tensor, actions: torch.Tensor, starts: np.ndarray | torch.Tensor, suites: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Imagine how the robot moves during a chunk of actions, without a picture: the same motion as `imagine`'s.
+
+        Args:
+            state, actions, suites: as in `imagine`.
+            starts: uint8 (B, H, W, 3), the frame that each episode began with, which says what the arm meets.
+
+        Returns:
+            The proprioception at each frame, float32 (B, chunk_frames, P), on the CPU; the state to pass to the next
+            call.
+
+        Raises:
+            ValueError: shapes do not fit together.
+        """
+        self._check_inputs(suites, state=state, actions=actions, starts=starts)
+        projection, robot = self.projection(suites).to(self.device), self.robot(suites).to(self.device)
+        start = frames_to_pixels(torch.as_tensor(starts).to(self.device))
+        state, actions = state.to(self.device, torch.float32), actions.to(self.device, torch.float32)
+        poses, _, state = self._move(state, actions, start, projection, robot)
+        return poses[:, 1:].cpu(), state
 
     def replay(
         self,
@@ -341,19 +367,28 @@ class ProphetPipeline(DiffusionPipeline):
         Returns:
             What follows for the chunk's frames; the state after the chunk, float32 (B, S).
         """
+        poses, holds, state = self._move(state, actions, start.float(), projection, robot)
+        frame_actions = actions.unflatten(1, (self.chunk_frames, self.frame_stride))
+        return self.observed_condition(poses, holds, frame_actions, projection, robot), state
+
+    def _move(
+        self,
+        state: torch.Tensor,
+        actions: torch.Tensor,
+        start: torch.Tensor,
+        projection: torch.Tensor,
+        robot: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Poses (B, 1 + F, P) at the present and at the chunk's frames, holds (B, F, 7) at these, the state after."""
         proprio_dim, state_dim = self.proprioception.config.proprio_dim, self.proprioception.state_dim
         body, hold = state[:, :state_dim], state[:, state_dim:]
-        start, poses, holds = start.float(), [body[:, :proprio_dim]], []
-        frame_actions = actions.unflatten(1, (self.chunk_frames, self.frame_stride))
-        for frame in range(self.chunk_frames):
-            body = self.proprioception(body, frame_actions[:, frame], start, projection, robot)
-            hold = update_hold(hold, body[:, :proprio_dim], frame_actions[:, frame])
+        poses, holds = [body[:, :proprio_dim]], []
+        for frame_actions in actions.split(self.frame_stride, dim=1):
+            body = self.proprioception(body, frame_actions, start, projection, robot)
+            hold = update_hold(hold, body[:, :proprio_dim], frame_actions)
             poses.append(body[:, :proprio_dim])
             holds.append(hold)
-        condition = self.observed_condition(
-            torch.stack(poses, dim=1), torch.stack(holds, dim=1), frame_actions, projection, robot
-        )
-        return condition, torch.cat([body, hold], dim=1)
+        return torch.stack(poses, dim=1), torch.stack(holds, dim=1), torch.cat([body, hold], dim=1)
 
     def observed_condition(
         self,
@@ -434,32 +469,23 @@ class ProphetPipeline(DiffusionPipeline):
         slots = {suite: slot for slot, (_, known) in enumerate(self.config.robots) for suite in known}
         return torch.tensor([slots.get(suite, 0) for suite in suites])
 
-    def _check_inputs(
-        self,
-        history: torch.Tensor,
-        state: torch.Tensor,
-        actions: torch.Tensor,
-        images: np.ndarray | torch.Tensor,
-        suites: Sequence[str],
-        steps: int | None,
-    ) -> None:
+    def _check_inputs(self, suites: Sequence[str], **values: np.ndarray | torch.Tensor) -> None:
         config: Any = self.transformer.config
-        batch, size = history.shape[0], self.image_size
+        batch, size = len(values["state"]), self.image_size
         expected = {
             "history": (batch, self.transformer.buffer_frames, config.latent_channels) + (size // 8,) * 2,
             "state": (batch, self.proprioception.state_dim + HOLD_DIM),
             "actions": (batch, self.chunk_size, self.action_dim),
             "images": (batch, 2, size, size, 3),
+            "starts": (batch, size, size, 3),
         }
-        for name, value in (("history", history), ("state", state), ("actions", actions), ("images", images)):
+        for name, value in values.items():
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")
-        if torch.as_tensor(images[:0]).dtype != torch.uint8:
-            raise ValueError(f"Expected images as uint8, got {images.dtype}.")
+            if name in ("images", "starts") and torch.as_tensor(value[:0]).dtype != torch.uint8:
+                raise ValueError(f"Expected {name} as uint8, got {value.dtype}.")
         if isinstance(suites, str) or len(suites) != batch:
             raise ValueError(f"Expected one suite per episode, {batch} in all, got {suites!r}.")
-        if steps is not None and steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
 
 
 def carry_latents(history: torch.Tensor, motion: torch.Tensor, compression: int) -> torch.Tensor:

@@ -154,6 +154,11 @@ class EpisodeDataset(Sequence[Episode]):
         """Which numbers of an action the robot obeys, bool (7,); all, where the data set does not say."""
         return np.array(self.info.get("prophet", {}).get("action_mask", [True] * ACTION_DIM), np.bool_)
 
+    @property
+    def video(self) -> bool:
+        """Whether the frames show the episodes; False where all of them repeat the first one."""
+        return bool(self.info.get("prophet", {}).get("video", True))
+
     def _subset(self, records: tuple[EpisodeRecord, ...]) -> "EpisodeDataset":
         subset = object.__new__(EpisodeDataset)
         subset.__dict__.update(self.__dict__, records=records)
@@ -327,6 +332,15 @@ class EpisodeDataset(Sequence[Episode]):
                 "copy it again."
             )
         return np.stack(frames)
+
+
+def check_video(datasets: Sequence[EpisodeDataset]) -> None:
+    """Raise a ValueError where a data set was recorded without video."""
+    if blind := [str(dataset.root) for dataset in datasets if not dataset.video]:
+        raise ValueError(
+            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion` and "
+            "`prophet train-reward` learn from them."
+        )
 
 
 def _load_info(root: Path) -> dict[str, Any]:

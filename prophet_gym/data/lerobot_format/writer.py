@@ -57,6 +57,7 @@ class LeRobotWriter:
     :param robot: name of the robot, as in ``Episode.robot``.
     :param action_mask: (7,) which numbers of an action the robot obeys; the others must be zero.
     :param action_units: what an action of 1.0 does, in words.
+    :param video: False: the frames of every episode repeat its first one.
     :raises ValueError: a number is out of range or the camera or the mask is not of the form above.
     """
 
@@ -71,6 +72,7 @@ class LeRobotWriter:
         robot: str = "panda",
         action_mask: Sequence[bool] = (True,) * ACTION_DIM,
         action_units: str = PANDA_ACTION_UNITS,
+        video: bool = True,
     ) -> None:
         for name, number in (("fps", fps), ("frame_stride", frame_stride)):
             if int(number) != number or number < 1:
@@ -88,6 +90,7 @@ class LeRobotWriter:
         self.robot = robot
         self.action_mask = [bool(used) for used in action_mask]
         self.action_units = action_units
+        self.video = video
 
     def written(self, index: int) -> EpisodeRecord | None:
         """What episode ``index`` is, if it is completely on disk.
@@ -236,6 +239,7 @@ class LeRobotWriter:
                 "orientation": "upright",
                 "action_convention": ACTION_CONVENTION.format(units=self.action_units),
                 "action_mask": self.action_mask,
+                "video": self.video,
                 "episodes": [asdict(record) for record in records],
             },
         }
@@ -272,7 +276,7 @@ class LeRobotWriter:
             "frame_stride": self.frame_stride,
             "image_size": list(self.image_size),
             "robot": self.robot,
-        }
+        } | ({} if self.video else {"video": False})
 
     def _features(self) -> dict[str, dict[str, Any]]:
         actions = [f"{name}_{step}" for step in range(self.frame_stride) for name in ACTION_NAMES]
