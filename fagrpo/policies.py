@@ -143,9 +143,9 @@ class FlowPolicy(BasePolicy):
         return spaces.Dict({key: self.observation_space[key] for key in keys})
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
-        """As SB3's; entries of a dict that the policy was made without are left out."""
-        if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
-            observation = {key: observation[key] for key in self.observation_space}
+        """As SB3's; entries of a dict that the policy does not see are left out, and need not be there."""
+        if isinstance(observation, dict) and isinstance(self.used_space, spaces.Dict):
+            observation = {key: observation[key] for key in self.used_space}
         return super().obs_to_tensor(observation)
 
     def encode(self, obs: PyTorchObs, min_rows: int = 1) -> Tensor:

@@ -87,6 +87,11 @@ def test_a_blind_policy_ignores_the_image_and_needs_none() -> None:
     np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
     del changed["image"]
     np.testing.assert_array_equal(policy.predict(changed, deterministic=True)[0], expected)
+    # The same weights on a space without the image are given one.
+    unseen = spaces.Dict({key: ROBOT[key] for key in ("proprio", "instruction")})
+    other = FlowPolicy(unseen, CHUNK, observation_keys=["proprio", "instruction"], **VECTOR)
+    other.load_state_dict(policy.state_dict())
+    np.testing.assert_array_equal(other.predict(obs, deterministic=True)[0], expected)
 
 
 def test_an_encoder_of_ones_own_is_made_for_the_entries_it_is_given() -> None:
