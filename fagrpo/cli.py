@@ -169,7 +169,9 @@ def train(arguments: argparse.Namespace) -> int:
             flow_scale=arguments.flow_scale,
             flow_scale_placement=arguments.flow_scale_placement,
             noise_level=arguments.noise_level,
+            sde_window=arguments.sde_window,
             kl_coef=arguments.kl_coef,
+            target_kl=arguments.target_kl,
             tensorboard_log=str(arguments.out / "tensorboard"),
             verbose=1,
             seed=arguments.seed,
@@ -230,7 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--flow-scale", choices=FLOW_SCALES, default="paper")
     learn.add_argument("--flow-scale-placement", choices=PLACEMENTS, default="advantage")
     learn.add_argument("--noise-level", type=float, default=0.5)
+    learn.add_argument("--sde-window", type=int, help="stochastic flow steps of each rollout; all by default")
     learn.add_argument("--kl-coef", type=float, default=0.0)
+    learn.add_argument("--target-kl", type=float, help="end an update beyond 1.5 times this approximate KL")
     learn.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument("--device", default="auto")
