@@ -3,11 +3,11 @@
     python examples/quickstart.py
 
 loads the shipped Prophet world model, its reward model and a flow policy that was cloned from 40 demonstrations of each
-LIBERO suite and needs no image; improves it on libero_object with FA-GRPO inside Prophet-LIBERO-v0, where thousands of
-episodes are imagined without video, on training starts only; and compares it before and after on validation starts,
-now with video. With `pip install "prophet-gym[libero]"` the same comparison is made in the real simulator, which
-training never touched. Results go to runs/quickstart: results.json, learning_curve.png, before_after_*.mp4, TensorBoard
-logs, the policy.
+of two LIBERO suites and needs no image; improves it on libero_object with FA-GRPO inside Prophet-LIBERO-v0, where
+thousands of episodes are imagined without video, on training starts only; and compares it before and after on
+validation starts, now with video. With `pip install "prophet-gym[libero]"` the same comparison is made in the real
+simulator, which training never touched. Results go to runs/quickstart: results.json, learning_curve.png,
+before_after_*.mp4, TensorBoard logs, the policy.
 """
 
 import argparse
@@ -88,6 +88,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
 
     policy = FlowPolicy.from_safetensors(arguments.policy)
+    if not arguments.video and isinstance(policy.used_space, gym.spaces.Dict) and "image" in policy.used_space.spaces:
+        parser.error(f"{arguments.policy} looks at images: add --video")
     starts = starts_of(range(10), SPLITS["val"], arguments.repeats)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "bfloat16" if best_precision(device) == "bf16" else "float32"
@@ -118,7 +120,7 @@ def main() -> None:
         batch_size=1024,
         kl_coef=0.01,
         target_kl=0.1,
-        # Four of the ten flow steps are stochastic in each rollout: two fifths of the work, and smaller steps.
+        # Four of the ten flow steps are stochastic in each rollout: less work, and smaller steps.
         sde_window=4,
         noise_level=0.7,
         group_size=8,
@@ -142,6 +144,11 @@ def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[
     for name in before:
         table.add_row(name, str(before[name]), str(after[name]))
     Console().print(table)
+    if "LIBERO (real)" not in before:
+        print(
+            "FA-GRPO improves what Prophet rewards, and may exploit where Prophet errs (docs/results.md): believe a "
+            'policy after it has shown itself in the real simulator, pip install "prophet-gym[libero]".'
+        )
 
     summary = {
         name: {"before": before[name].success.tolist(), "after": after[name].success.tolist()} for name in before

@@ -23,7 +23,7 @@ CHUNK = 8
 
 
 def load_demonstrations(
-    roots: Sequence[Path], kinds: Sequence[str], split: str, max_episodes: int | None = None
+    roots: Sequence[Path], kinds: Sequence[str], split: str, max_episodes: int | None = None, video: bool = True
 ) -> Demonstrations:
     """Successful recorded episodes as pairs of observation and chunk, one per frame at which a chunk can begin.
 
@@ -35,8 +35,9 @@ def load_demonstrations(
     :param kinds: of episodes, for example "clean"
     :param split: "train" or "val"
     :param max_episodes: use at most this many of each data set; None: all
+    :param video: whether all must have been recorded with video
     :return: observations image (N, H, W, 3), proprio (N, 8), instruction (N, 384); actions (N, 8, 7)
-    :raises ValueError: no episode matches
+    :raises ValueError: no episode matches, or a data set has no video
     """
     from prophet_gym.data.instructions import embed_instructions
     from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -44,7 +45,10 @@ def load_demonstrations(
     images, proprio, actions, episode_ids = [], [], [], []
     texts: list[str] = []
     used = 0
-    selected = [EpisodeDataset(root).select(split=split, kind=kinds) for root in roots]
+    datasets = [EpisodeDataset(root) for root in roots]
+    if unseen := [str(dataset.root) for dataset in datasets if video and not dataset.video]:
+        raise ValueError(f"{', '.join(unseen)} recorded without video: for policies without an image (--blind)")
+    selected = [dataset.select(split=split, kind=kinds) for dataset in datasets]
     for episode in itertools.chain.from_iterable(
         itertools.islice((episode for episode in dataset if episode.outcome), max_episodes) for dataset in selected
     ):
@@ -91,9 +95,9 @@ def _spaces_of(demonstrations: Demonstrations) -> tuple[spaces.Dict, spaces.Box]
 
 def sft(arguments: argparse.Namespace) -> int:
     """Behaviour cloning from a recorded data set; writes the policy to ``--out``."""
-    demonstrations = load_demonstrations(arguments.data, arguments.kind, "train", arguments.episodes).stack_frames(
-        arguments.frame_stack
-    )
+    demonstrations = load_demonstrations(
+        arguments.data, arguments.kind, "train", arguments.episodes, video=not arguments.blind
+    ).stack_frames(arguments.frame_stack)
     policy_kwargs: dict[str, Any] = {"num_flow_steps": arguments.num_flow_steps}
     if arguments.blind:
         policy_kwargs["observation_keys"] = ["proprio", "instruction"]

@@ -318,8 +318,8 @@ class FAGRPO(OnPolicyAlgorithm):
         if not same_observations or initial.action_space != self.policy.action_space:
             raise ValueError(
                 "the given policy does not fit the environment: it has spaces "
-                f"{initial.observation_space} -> {initial.action_space}, the environment "
-                f"{self.policy.observation_space} -> {self.policy.action_space}"
+                f"{initial.used_space} -> {initial.action_space}, the environment "
+                f"{self.policy.used_space} -> {self.policy.action_space}"
             )
         self.policy.load_state_dict(initial.state_dict())
 

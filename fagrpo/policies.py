@@ -143,8 +143,13 @@ class FlowPolicy(BasePolicy):
         return spaces.Dict({key: self.observation_space[key] for key in keys})
 
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
-        """As SB3's; entries of a dict that the policy does not see are left out, and need not be there."""
+        """As SB3's; entries of a dict that the policy does not see are left out, and need not be there.
+
+        :raises ValueError: an entry that the policy sees is missing
+        """
         if isinstance(observation, dict) and isinstance(self.used_space, spaces.Dict):
+            if missing := [key for key in self.used_space if key not in observation]:
+                raise ValueError(f"the policy sees {list(self.used_space)}, the observation lacks {missing}")
             observation = {key: observation[key] for key in self.used_space}
         return super().obs_to_tensor(observation)
 

@@ -31,11 +31,10 @@ def _record(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays, subset
-    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
+    from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.world_model.training import camera_projections, train
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    check_video(datasets)
     episodes = load_arrays(datasets, "train")
     if arguments.episodes is not None:
         episodes, _ = subset(episodes, arguments.episodes, arguments.seed)
@@ -56,19 +55,18 @@ def _adapt(arguments: argparse.Namespace) -> None:
     import copy
 
     from prophet_gym.data.clips import load_arrays, subset
-    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
+    from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_world_model
     from prophet_gym.world_model.adaptation import adapt
     from prophet_gym.world_model.training import camera_projections
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    if arguments.recipe != "motion":
-        check_video(datasets)
-    episodes, _ = subset(load_arrays(datasets, "train"), arguments.episodes, arguments.seed)
+    video = arguments.recipe != "motion"
+    episodes, _ = subset(load_arrays(datasets, "train", video=video), arguments.episodes, arguments.seed)
     adapt(
         copy.deepcopy(load_world_model(arguments.checkpoint, "cpu")),
         episodes,
-        load_arrays(datasets, "val"),
+        load_arrays(datasets, "val", video=video),
         arguments.out,
         recipe=arguments.recipe,
         lora_rank=arguments.lora_rank,
@@ -80,18 +78,21 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
-    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
+    from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_reward_model, load_world_model
     from prophet_gym.reward.training import train_success_classifier
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    if not arguments.world_model:
-        check_video(datasets)  # to calibrate on
-    train, val = load_arrays([dataset for dataset in datasets if dataset.video], "train"), load_arrays(datasets, "val")
+    train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
+    recorded = [train]
+    if arguments.motion:
+        recorded.append(load_arrays([EpisodeDataset(path) for path in arguments.motion], "train", video=False))
     pipelines = [load_world_model(checkpoint, arguments.device) for checkpoint in arguments.world_model]
-    motion = load_arrays(datasets, "train")
-    motion = concatenate([without_pictures(motion), *(imagine_motions(pipeline, motion) for pipeline in pipelines)])
+    motion = concatenate(
+        [without_pictures(arrays) for arrays in recorded]
+        + [imagine_motions(pipeline, arrays) for pipeline in pipelines for arrays in recorded]
+    )
     if pipelines:
         imagined, val = (
             imagine_episodes(pipelines[0], arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
@@ -144,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--split", default=None, choices=("train", "val", "test"), help="of all episodes; otherwise 80, 10 and 10%%"
     )
     record.add_argument(
-        "--no-video", action="store_true", help="render first frames alone: for `adapt --recipe motion`, train-reward"
+        "--no-video", action="store_true", help="render first frames alone: for the motion of Prophet and its judge"
     )
     record.set_defaults(run=_record)
 
@@ -187,11 +188,14 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
         "--world-model",
-        nargs="+",
+        action="append",
         default=[],
-        help="train on the imagination of the first one too, and calibrate there alone: it is what an environment "
-        "shows. The motion learns from the estimates of all: one that was not trained on these episodes errs on them "
-        "as on new ones",
+        help="train on its imagination too, and calibrate there alone: it is what an environment shows. May be "
+        "repeated: the motion learns from the estimates of all, and one that was not trained on these episodes errs on "
+        "them as on new ones",
+    )
+    reward.add_argument(
+        "--motion", nargs="+", default=[], help="data sets from which the motion alone learns, recorded without video"
     )
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")

@@ -240,6 +240,8 @@ def test_without_video_state_is_restored_and_nothing_can_be_seen(real: dict[str,
     envs.set_state(state)
     for ours, again in zip(future, rollout(envs, 3, seed=1), strict=True):
         assert data_equivalence(ours, again, exact=True)
+    with pytest.raises(ValueError, match="do not fit"):
+        ProphetVectorEnv(num_envs=3, **real).set_state(state)
     with pytest.raises(ValueError, match="video=True to see clips"):
         envs.clips()
     with pytest.raises(ValueError, match=r"Unknown render_mode 'rgb_array'. Valid: \[None\]"):

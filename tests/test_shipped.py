@@ -15,6 +15,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import prophet_gym
 from fagrpo import FAGRPO, FlowPolicy
+from fagrpo.cli import main as fagrpo_main
 from prophet_gym.envs.models import WEIGHTS, load_world_model
 from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
 
@@ -85,6 +86,19 @@ def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) ->
     starts = starts_of([0, 1], [40, 41])
     seen, felt = (evaluate_in_prophet(trained, "libero_object", starts, max_chunks=2, video=v) for v in (True, False))
     assert len(seen.success) == len(felt.success) == 4 and len(seen.videos) == 2 and not felt.videos
+
+
+def test_the_command_trains_without_video(tmp_path: Path) -> None:
+    command = ["train", str(WEIGHTS / "flow-policy-libero-40"), "--no-video", "--suite", "libero_spatial", "--quiet"]
+    command += ["--num-envs", "8", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
+    assert fagrpo_main(command) == 0
+    assert (tmp_path / "model.safetensors").stat().st_size > 1000
+    # A policy that looks cannot be trained, or asked, there.
+    command[1] = str(WEIGHTS / "flow-policy-libero")
+    assert fagrpo_main([*command[:-3], str(tmp_path / "looking"), *command[-2:]]) == 2
+    looking = FlowPolicy.from_safetensors(WEIGHTS / "flow-policy-libero")
+    with pytest.raises(ValueError, match=r"the observation lacks \['image'\]"):
+        evaluate_in_prophet(looking, "libero_object", starts_of([0], [40]), video=False)
 
 
 def test_sb3_trains_on_the_shipped_world_model() -> None:

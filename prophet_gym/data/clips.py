@@ -39,6 +39,7 @@ def load_arrays(
     datasets: EpisodeDataset | Sequence[EpisodeDataset],
     split: str | None,
     *,
+    video: bool = True,
     num_threads: int = 2,
     progress: bool = True,
 ) -> EpisodeArrays:
@@ -46,11 +47,18 @@ def load_arrays(
 
     :param datasets: where the episodes are: one data set, or several of the same frame rate, stride and size.
     :param split: ``"train"``, ``"val"``, ``"test"``, or ``None`` for all that the data sets hold.
+    :param video: whether all must have been recorded with video; the motion can do without.
     :param num_threads: episodes decoded at a time.
     :param progress: show a progress bar.
-    :raises ValueError: the split does not exist or is empty, or the episodes differ in frame rate, stride or size.
+    :raises ValueError: the split does not exist or is empty, the episodes differ in frame rate, stride or size, or a
+        data set has no video.
     """
     given = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
+    if blind := [str(dataset.root) for dataset in given if video and not dataset.video]:
+        raise ValueError(
+            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion` and "
+            "`prophet train-reward --motion` learn from them."
+        )
     rates = {str(dataset.root): (dataset.fps, dataset.frame_stride) for dataset in given}
     if len(set(rates.values())) > 1:
         raise ValueError(f"The data sets must have the same (fps, frame_stride), got {rates}: load them separately.")

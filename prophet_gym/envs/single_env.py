@@ -22,7 +22,8 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     The env begins from a recorded start of a LIBERO task and lets Prophet, an action-conditioned video model, imagine
     what the camera would see while the robot executes chunks of low-level actions. A learned reward model watches the
     imagined video and says when the task is solved. Nothing is simulated: no MuJoCo, no assets. The same spaces belong
-    to the real simulator, ``LIBERO-v0``, so that a policy moves between the two unchanged.
+    to the real simulator, ``LIBERO-v0``, so that a policy moves between the two unchanged. With ``video=False`` the
+    motion alone is imagined and judged: there is no `image`, and no `frames` in `info`.
 
     A success here is the reward model's opinion of an imagined video. Confirm it in ``LIBERO-v0`` before you report it.
 

@@ -48,7 +48,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param split: which official initial states: ``"train"`` (0-39), ``"val"`` (40-44) or ``"test"`` (45-49).
     :param max_chunks: an episode is truncated after this many steps (20: 160 control steps, 8 s at 20 Hz).
     :param world_model: name of a checkpoint in the wheel, path of one, or a ``ProphetPipeline``.
-    :param reward_model: likewise; or any object with ``score`` and ``threshold``.
+    :param reward_model: likewise; or any object with ``score`` and ``threshold``, see ``RewardModel``.
     :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success
         probability during the step, so that the rewards of an episode sum to its final minus its initial probability.
     :param num_sampling_steps: denoising steps per chunk; None is the world model's own default.
@@ -305,7 +305,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         ):
             raise ValueError(
                 f"This state has clips of shape {clips.shape} and proprio of shape {proprio.shape}, which do not fit "
-                f"into this env's {self._clips.shape} and {self._proprio.shape}."
+                f"into this env's {self._clips.shape} and {self._proprio.shape} with video={self.video}."
             )
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state[name]))

@@ -56,7 +56,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         hidden_dim (`int`, defaults to `96`): width of the recurrent network.
         threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
-        motion_threshold (`float` or `dict[str, float]`, defaults to `0.5`): the same where there is no video.
+        motion_threshold (`float` or `dict[str, float]`, *optional*): the same where there is no video; None where the
+            motion alone was never calibrated.
     """
 
     @register_to_config
@@ -67,7 +68,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         proprio_dim: int = 8,
         hidden_dim: int = 96,
         threshold: float | dict[str, float] = 0.5,
-        motion_threshold: float | dict[str, float] = 0.5,
+        motion_threshold: float | dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         first, second, third = channels
@@ -103,7 +104,13 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
 
     @property
     def motion_threshold(self) -> float | dict[str, float]:
-        """The same for probabilities of the motion alone."""
+        """The same for probabilities of the motion alone.
+
+        Raises:
+            AttributeError: the motion alone was never calibrated.
+        """
+        if self.config.motion_threshold is None:
+            raise AttributeError("This judge of the motion alone is not calibrated: use reward.training.calibrate.")
         return self.config.motion_threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

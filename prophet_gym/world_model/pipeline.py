@@ -65,7 +65,7 @@ class ChunkCondition(BaseOutput):
 def frames_to_pixels(frames: torch.Tensor) -> torch.Tensor:
     """Convert uint8 (..., H, W, 3) frames to float32 (..., 3, H, W) pixels in [-1, 1]."""
     # In place: fresh memory for every operation takes most of the time.
-    return frames.to(torch.float32).div_(127.5).sub_(1.0).movedim(-1, -3)
+    return frames.to(torch.float32, copy=True).div_(127.5).sub_(1.0).movedim(-1, -3)
 
 
 def pixels_to_frames(pixels: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class LeRobotWriter:
     def written(self, index: int) -> EpisodeRecord | None:
         """What episode ``index`` is, if it is completely on disk.
 
-        :raises ValueError: its file is damaged.
+        :raises ValueError: its file is damaged, or was written with other settings than this writer's.
         """
         path = episode_path(self.root, index)
         if not path.is_file():
@@ -103,7 +103,9 @@ class LeRobotWriter:
         metadata = read_table(path, columns=["episode_index"]).schema.metadata or {}
         if b"prophet" not in metadata:
             raise ValueError(f"{path} was not written by `prophet record`: choose another folder.")
-        return EpisodeRecord(**json.loads(metadata[b"prophet"])["record"])
+        stored = json.loads(metadata[b"prophet"])
+        self._check_settings(path, stored)
+        return EpisodeRecord(**stored["record"])
 
     def write_episode(self, index: int, episode: Episode) -> Path:
         """Write one episode; its file appears whole or not at all. An earlier episode of that index is replaced.
@@ -190,11 +192,7 @@ class LeRobotWriter:
         for path in paths:
             table = read_table(path)
             stored = json.loads((table.schema.metadata or {}).get(b"prophet", b"{}"))
-            if stored.get("settings") != self._settings():
-                raise ValueError(
-                    f"{path} was written with the settings {stored.get('settings')}, this writer has "
-                    f"{self._settings()}: use another folder, or delete the file and record it again."
-                )
+            self._check_settings(path, stored)
             record = EpisodeRecord(**stored["record"])
             task_index = tasks.setdefault(record.instruction, len(tasks))
             index = np.arange(rows, rows + record.length)
@@ -269,6 +267,13 @@ class LeRobotWriter:
                 f"finalize with total_episodes={surplus[-1] + 1}."
             )
         return [found[index] for index in range(total)]
+
+    def _check_settings(self, path: Path, stored: Mapping[str, Any]) -> None:
+        if stored.get("settings") != self._settings():
+            raise ValueError(
+                f"{path} was written with the settings {stored.get('settings')}, this writer has "
+                f"{self._settings()}: use another folder, or delete the file and record it again."
+            )
 
     def _settings(self) -> dict[str, Any]:
         return {
