@@ -152,6 +152,8 @@ def train(arguments: argparse.Namespace) -> int:
         env_kwargs["suite"] = arguments.suite
     if arguments.dtype is not None:
         env_kwargs["dtype"] = arguments.dtype
+    if arguments.world_model is not None:
+        env_kwargs["world_model"] = arguments.world_model
     if arguments.no_video:
         env_kwargs["video"] = False
     if arguments.task is not None:
@@ -221,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--out", type=Path, required=True, help="folder for checkpoints, TensorBoard and the policy")
     learn.add_argument("--suite", help="argument of the environment")
     learn.add_argument("--task", help="argument of the environment")
+    learn.add_argument("--world-model", help="argument of the environment: name or folder of a Prophet")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
     learn.add_argument(
         "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"
