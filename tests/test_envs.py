@@ -22,6 +22,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import prophet_gym
+from prophet_gym.envs.joined_vec_env import JoinedVecEnv
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.envs.single_env import ProphetEnv
 from prophet_gym.envs.start_states import StartState, start_states_from_env, write_start_states
@@ -575,6 +576,51 @@ def test_equals_dummy_vec_env(fake: dict[str, Any]) -> None:
         tuple(ours.env_method("clip", indices=[0, 4])), tuple(dummy.env_method("clip", indices=[0, 4])), exact=True
     )
     assert ours.env_is_wrapped(gym.Wrapper, [0, 1]) == dummy.env_is_wrapped(gym.Wrapper, [0, 1]) == [False, False]
+
+
+def test_a_joined_vec_env_is_its_parts_side_by_side(fake: dict[str, Any]) -> None:
+    def parts() -> list[ProphetVecEnv]:
+        return [ProphetVecEnv(ProphetVectorEnv(n, **fake, autoreset_mode="SameStep")) for n in (2, 3)]
+
+    alone, joined = parts(), JoinedVecEnv(parts())
+    assert joined.num_envs == 5
+    joined._seeds = [7, 7, 8, 8, 9]
+    alone[0]._seeds, alone[1]._seeds = [7, 7], [8, 8, 9]
+    joined.set_options([{"task": task} for task in (0, 1, 2, 0, 1)])
+    alone[0].set_options([{"task": 0}, {"task": 1}])
+    alone[1].set_options([{"task": 2}, {"task": 0}, {"task": 1}])
+
+    def expected(results: list[Any]) -> dict[str, Any]:
+        return {key: np.concatenate([one[key] for one in results]) for key in results[0]}
+
+    assert data_equivalence(joined.reset(), expected([part.reset() for part in alone]), exact=True)
+    assert [info["task"] for info in joined.reset_infos] == [0, 1, 2, 0, 1]
+    joined.paused = np.array([False, True, False, False, True])
+    alone[0].paused, alone[1].paused = np.array([False, True]), np.array([False, False, True])
+    np.testing.assert_array_equal(joined.paused, [False, True, False, False, True])
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        actions = rng.uniform(-1, 1, (5, 8, 7)).astype(np.float32)
+        observations, rewards, dones, infos = joined.step(actions)
+        results = [part.step(own) for part, own in zip(alone, (actions[:2], actions[2:]), strict=True)]
+        assert data_equivalence(observations, expected([result[0] for result in results]), exact=True)
+        np.testing.assert_array_equal(rewards, np.concatenate([result[1] for result in results]))
+        np.testing.assert_array_equal(dones, np.concatenate([result[2] for result in results]))
+        assert data_equivalence(infos, [info for result in results for info in result[3]], exact=True)
+    joined.set_attr("mark", 3, indices=[1, 4])
+    assert joined.get_attr("mark", [4, 1]) == [3, 3] and joined.parts[1].get_attr("mark", [2]) == [3]
+    assert joined.env_method("clip", indices=3)[0].shape[1:] == (96, 96, 3)
+    joined.close()
+
+
+def test_a_joined_vec_env_refuses_what_does_not_fit(fake: dict[str, Any], real: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs at least one VecEnv"):
+        JoinedVecEnv([])
+    seen, felt = (
+        ProphetVecEnv(ProphetVectorEnv(2, **real, video=video, autoreset_mode="SameStep")) for video in (True, False)
+    )
+    with pytest.raises(ValueError, match="must have the same spaces"):
+        JoinedVecEnv([seen, felt])
 
 
 def test_seed_and_options_act_at_the_next_reset_only(fake: dict[str, Any]) -> None:

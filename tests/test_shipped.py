@@ -90,8 +90,8 @@ def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) ->
 
 def test_the_command_trains_without_video(tmp_path: Path) -> None:
     command = ["train", str(WEIGHTS / "flow-policy-libero-40"), "--no-video", "--suite", "libero_spatial", "--quiet"]
-    command += ["--world-model", "prophet-libero-tiny"]
-    command += ["--num-envs", "8", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
+    command += ["--world-model", "prophet-libero-tiny", "--world-model", str(WEIGHTS / "prophet-libero-tiny")]
+    command += ["--num-envs", "16", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
     assert fagrpo_main(command) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
     # A policy that looks cannot be trained, or asked, there.
