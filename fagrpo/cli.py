@@ -40,14 +40,14 @@ def load_demonstrations(
     :raises ValueError: no episode matches, or a data set has no video
     """
     from prophet_gym.data.instructions import embed_instructions
-    from prophet_gym.data.lerobot_format import EpisodeDataset
+    from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
 
     images, proprio, actions, episode_ids = [], [], [], []
     texts: list[str] = []
     used = 0
     datasets = [EpisodeDataset(root) for root in roots]
-    if unseen := [str(dataset.root) for dataset in datasets if video and not dataset.video]:
-        raise ValueError(f"{', '.join(unseen)} recorded without video: for policies without an image (--blind)")
+    if video:
+        check_video(datasets)
     selected = [dataset.select(split=split, kind=kinds) for dataset in datasets]
     for episode in itertools.chain.from_iterable(
         itertools.islice((episode for episode in dataset if episode.outcome), max_episodes) for dataset in selected

@@ -254,6 +254,14 @@ def test_without_video_other_models_are_needed(fake: dict[str, Any]) -> None:
         ProphetVectorEnv(**fake, video=False)
 
 
+def test_a_judge_whose_motion_was_never_calibrated_is_refused_without_video(real: dict[str, Any]) -> None:
+    judge = SuccessClassifier.tiny_random()
+    judge.register_to_config(motion_threshold=None)
+    with pytest.raises(TypeError, match="motion_threshold"):
+        ProphetVectorEnv(**{**real, "reward_model": judge}, video=False)
+    ProphetVectorEnv(**{**real, "reward_model": judge})
+
+
 # --- the native vector env equals SyncVectorEnv over single envs ------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord
+from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, check_video
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +54,8 @@ def load_arrays(
         data set has no video.
     """
     given = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
-    if blind := [str(dataset.root) for dataset in given if video and not dataset.video]:
-        raise ValueError(
-            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion` and "
-            "`prophet train-reward --motion` learn from them."
-        )
+    if video:
+        check_video(given)
     rates = {str(dataset.root): (dataset.fps, dataset.frame_stride) for dataset in given}
     if len(set(rates.values())) > 1:
         raise ValueError(f"The data sets must have the same (fps, frame_stride), got {rates}: load them separately.")

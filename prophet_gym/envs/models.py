@@ -116,7 +116,7 @@ def resolve_models(
         (world, (*imagines, "init_state", "chunk_size", "chunk_frames", "image_size", "action_dim")),
         (reward, ("score", "threshold" if video else "motion_threshold")),
     ):
-        if missing := [name for name in needs if not hasattr(model, name)]:
+        if missing := [name for name in needs if getattr(model, name, None) is None]:
             raise TypeError(
                 f"{type(model).__name__} cannot be used here: it has no {missing}. "
                 "Pass a name, a path or a model that has them."

@@ -371,7 +371,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
         assert self._state is not None  # reset() comes first
-        index, suites, chunk_actions = torch.from_numpy(rows), self._suites_of(rows), torch.from_numpy(actions)
+        index, suites = torch.from_numpy(rows), self._suites_of(rows)
+        chunk_actions = torch.from_numpy(actions).to(self._state.device)
         new = self._lengths[rows, None] + np.arange(self.world_model.chunk_frames)
         if self.video:
             assert self._history is not None
@@ -385,8 +386,6 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 num_inference_steps=self.num_sampling_steps,
             )
             proprio, state = chunk.proprio, chunk.state
-            self._history[index] = chunk.history
-            self._clips[rows[:, None], new] = chunk.frames.numpy()
         else:
             proprio, state = self.world_model.imagine_motion(
                 self._state[index], chunk_actions, starts=self._clips[rows, 0], suites=suites
@@ -397,6 +396,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             raise FloatingPointError(
                 f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
             )
+        if self._history is not None:  # with video
+            self._history[index] = chunk.history
+            self._clips[rows[:, None], new] = chunk.frames.numpy()
         self._state[index] = state
         self._proprio[rows[:, None], new] = proprio.numpy()
         self._lengths[rows] += self.world_model.chunk_frames

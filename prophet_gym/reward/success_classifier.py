@@ -103,14 +103,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         return self.config.threshold
 
     @property
-    def motion_threshold(self) -> float | dict[str, float]:
-        """The same for probabilities of the motion alone.
-
-        Raises:
-            AttributeError: the motion alone was never calibrated.
-        """
-        if self.config.motion_threshold is None:
-            raise AttributeError("This judge of the motion alone is not calibrated: use reward.training.calibrate.")
+    def motion_threshold(self) -> float | dict[str, float] | None:
+        """The same for probabilities of the motion alone; None where that was never calibrated."""
         return self.config.motion_threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

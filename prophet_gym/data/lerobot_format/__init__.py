@@ -17,8 +17,8 @@ What the format has no place for is kept under the key ``prophet`` of ``info.jso
 the meaning of an action, one record per episode) and in ``prophet/...`` columns of ``meta/episodes``.
 """
 
-from prophet_gym.data.lerobot_format.reader import EpisodeDataset, ForeignFields
+from prophet_gym.data.lerobot_format.reader import EpisodeDataset, ForeignFields, check_video
 from prophet_gym.data.lerobot_format.schema import EpisodeRecord
 from prophet_gym.data.lerobot_format.writer import LeRobotWriter
 
-__all__ = ["EpisodeDataset", "EpisodeRecord", "ForeignFields", "LeRobotWriter"]
+__all__ = ["EpisodeDataset", "EpisodeRecord", "ForeignFields", "LeRobotWriter", "check_video"]

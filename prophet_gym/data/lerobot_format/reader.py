@@ -334,6 +334,15 @@ class EpisodeDataset(Sequence[Episode]):
         return np.stack(frames)
 
 
+def check_video(datasets: Sequence[EpisodeDataset]) -> None:
+    """Raise a ValueError where a data set was recorded without video."""
+    if blind := [str(dataset.root) for dataset in datasets if not dataset.video]:
+        raise ValueError(
+            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion`, `prophet "
+            "train-reward --motion` and `fagrpo sft --blind` learn from them."
+        )
+
+
 def _load_info(root: Path) -> dict[str, Any]:
     path = root / "meta/info.json"
     if not root.is_dir():
