@@ -123,15 +123,40 @@ def test_a_recipe_can_give_a_memory(base: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_recipe_motion_trains_the_proprioception_alone(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 20, "batch_size": 16}
-    monkeypatch.setitem(adaptation.RECIPES, "motion", {"proprioception": stage})
-    before = losses(load(base))
+    stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 60, "batch_size": 16, "warmup_steps": 5}
+    monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage | {"ema_decay": 0.9}})
+    untrained = load(base)
+    untrained.register_modules(proprioception=untrained.proprioception.untrained().eval())
     adapted = adapt(load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="motion")
-    assert losses(adapted)["proprioception"] < 0.9 * before["proprioception"]
+    assert losses(adapted)["proprioception"] < 0.9 * losses(untrained)["proprioception"]
     saved, old = load(tmp_path / "out" / "pipeline"), load(base)
     for part in ("vae", "transformer"):
         for key, value in getattr(saved, part).state_dict().items():
             assert torch.equal(value, getattr(old, part).state_dict()[key])
+
+
+def test_the_recipe_motion_forgets_the_old_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 1, "batch_size": 4, "learning_rate": 1e-9}
+    monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage})
+    one, other = load(base), load(base)
+    for parameter in other.proprioception.parameters():
+        torch.nn.init.normal_(parameter)
+    arrays = new_world(4), new_world(2, seed=1)
+    results = [
+        adapt(some, *arrays, tmp_path / name, recipe="motion").proprioception.state_dict()
+        for some, name in ((one, "one"), (other, "other"))
+    ]
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key])
+
+
+def test_an_untrained_proprioception_keeps_the_statistics(base: Path) -> None:
+    model = load(base).proprioception
+    model.proprio_std.uniform_()
+    fresh, statistics = model.untrained(), dict(model.named_buffers())
+    assert fresh.config == model.config
+    assert all(torch.equal(fresh.get_buffer(name), value) for name, value in statistics.items())
+    assert not torch.equal(fresh.cell.weight_ih, model.cell.weight_ih)
 
 
 def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,13 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         """Size of a robot's state."""
         return self.config.proprio_dim + self.config.velocity_dim + self.config.hidden_dim
 
+    def untrained(self) -> "ProprioceptionModel":
+        """A model of the same configuration and statistics with random weights, on the CPU."""
+        fresh = type(self).from_config(self.config)
+        for name, statistics in self.named_buffers():
+            fresh.get_buffer(name).copy_(statistics)
+        return fresh
+
     def normalize(self, proprio: torch.Tensor, robot: torch.Tensor) -> torch.Tensor:
         """Standardise proprioception (B, ..., P) with the training data's statistics of robots (B,)."""
         shape = (len(robot), *(1,) * (proprio.ndim - 2), -1)
