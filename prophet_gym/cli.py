@@ -174,7 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
-    adapt.add_argument("--recipe", default="adapt", help="adapt, extend or motion (many episodes), or debug (seconds)")
+    adapt.add_argument(
+        "--recipe", default="adapt", help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)"
+    )
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="cpu")
