@@ -10,8 +10,6 @@ python examples/evaluate_policy.py --policy runs/rl --world-model runs/held-out/
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +18,14 @@ from fagrpo import FlowPolicy
 from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import WEIGHTS
 from prophet_gym.evaluation.policy_success import (
-    Rollouts,
     evaluate_expert,
     evaluate_in_libero,
     evaluate_in_prophet,
     starts_of,
 )
 from prophet_gym.simulators.experts import EXPERT_TASKS
+
+SIMULATORS = {"prophet": evaluate_in_prophet, "libero": evaluate_in_libero}
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
         default=WEIGHTS / "flow-policy-libero",
         help="folder of a FlowPolicy, or 'expert' for the script in the real simulator",
     )
-    parser.add_argument("--simulator", choices=("prophet", "libero"), default="prophet")
+    parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
     parser.add_argument("--world-model", default="prophet-libero-tiny", help="name or folder; Prophet's")
     parser.add_argument("--reward-model", default="reward-libero", help="name or folder; Prophet's judge")
     parser.add_argument("--no-video", action="store_true", help="Prophet's motion alone, for policies without an image")
@@ -57,17 +56,21 @@ def main() -> None:
         starts = starts_of(EXPERT_TASKS[arguments.suite], SPLITS[arguments.split], arguments.repeats)
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
-        evaluate: Callable[..., Rollouts] = evaluate_in_libero
+        options = {}
         if arguments.simulator == "prophet":
-            models = {"world_model": arguments.world_model, "reward_model": arguments.reward_model}
-            evaluate = partial(evaluate_in_prophet, video=not arguments.no_video, **models)
-        result = evaluate(
+            options = {
+                "world_model": arguments.world_model,
+                "reward_model": arguments.reward_model,
+                "video": not arguments.no_video,
+            }
+        result = SIMULATORS[arguments.simulator](
             FlowPolicy.from_safetensors(arguments.policy),
             arguments.suite,
             starts,
             split=arguments.split,
             seed=arguments.seed,
             deterministic=arguments.deterministic,
+            **options,
         )
     print(f"{arguments.policy} in {arguments.simulator}, {arguments.suite} {arguments.split}: {result}")
     if arguments.out:

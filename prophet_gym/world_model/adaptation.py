@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
-    # need no video. To go on from weights that know the old ones by heart is worse on held-out episodes.
+    # need no video. Models that went on from the old weights did worse on held-out episodes (docs/results.md).
     "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
     # Seconds, for tests.
     "debug": {
@@ -113,13 +113,11 @@ def adapt(
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
     stages = RECIPES[recipe]
-    if "memory" in stages and not pipeline.transformer.config.memory:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of new weights
+        if "memory" in stages and not pipeline.transformer.config.memory:
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
-    if stages.get("anew"):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        if stages.get("anew"):
             pipeline.register_modules(proprioception=pipeline.proprioception.untrained().to(device))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
     if "transformer" in stages:
