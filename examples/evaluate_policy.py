@@ -38,8 +38,8 @@ def main() -> None:
         help="folder of a FlowPolicy, or 'expert' for the script in the real simulator",
     )
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
-    parser.add_argument("--world-model", default="prophet-libero-tiny", help="name or folder; Prophet's")
-    parser.add_argument("--reward-model", default="reward-libero", help="name or folder; Prophet's judge")
+    parser.add_argument("--world-model", help="of Prophet: name or folder")
+    parser.add_argument("--reward-model", help="of Prophet: name or folder")
     parser.add_argument("--no-video", action="store_true", help="Prophet's motion alone, for policies without an image")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--split", choices=("val", "test"), default="val")
@@ -48,6 +48,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="append the outcome of every episode to this file")
     arguments = parser.parse_args()
+    given = {"world_model": arguments.world_model, "reward_model": arguments.reward_model}
+    options = {name: value for name, value in given.items() if value is not None}
+    if arguments.no_video:
+        options["video"] = False
+    if options and (arguments.simulator != "prophet" or arguments.policy == Path("expert")):
+        parser.error("--world-model, --reward-model and --no-video belong to Prophet: leave them out here.")
 
     torch.manual_seed(arguments.seed)
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
@@ -56,13 +62,6 @@ def main() -> None:
         starts = starts_of(EXPERT_TASKS[arguments.suite], SPLITS[arguments.split], arguments.repeats)
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
-        options = {}
-        if arguments.simulator == "prophet":
-            options = {
-                "world_model": arguments.world_model,
-                "reward_model": arguments.reward_model,
-                "video": not arguments.no_video,
-            }
         result = SIMULATORS[arguments.simulator](
             FlowPolicy.from_safetensors(arguments.policy),
             arguments.suite,

@@ -123,57 +123,43 @@ def sft(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_vec_env(
-    env_id: str,
-    num_envs: int,
-    frame_stack: int,
-    env_kwargs: dict[str, Any],
-    world_models: Sequence[str] = (),
-) -> VecEnv:
+def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[str, Any]) -> VecEnv:
     """SB3 environments of a Gymnasium id; Prophet's ids step all environments in one model call.
 
     :param env_id: an id, or "module:id" to import the module that registers it
     :param num_envs: number of environments
     :param frame_stack: observations stacked per step, 1: none
     :param env_kwargs: arguments of the environment
-    :param world_models: of Prophet's ids: names or folders, among which the environments are shared out evenly
-    :raises ValueError: num_envs is no multiple of the number of world models
+    :raises ValueError: the environment has no such argument
     """
     name = env_id.split(":")[-1]
     venv: VecEnv
-    if name.startswith("Prophet"):
-        from prophet_gym.envs.joined_vec_env import JoinedVecEnv
-        from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
+    try:
+        if name.startswith("Prophet"):
+            from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 
-        if num_envs % max(1, len(world_models)):
-            raise ValueError(f"{num_envs} environments cannot be shared out among {len(world_models)} world models")
-        chosen: list[dict[str, Any]] = [{"world_model": one} for one in world_models] or [{}]
-        parts = []
-        for choice in chosen:
-            envs: Any = gym.make_vec(
-                env_id, num_envs=num_envs // len(chosen), autoreset_mode="SameStep", **env_kwargs, **choice
-            )
-            parts.append(ProphetVecEnv(envs))
-        venv = parts[0] if len(parts) == 1 else JoinedVecEnv(parts)
-    else:
-        makers: list[Callable[[], gym.Env]] = [lambda: gym.make(env_id, **env_kwargs) for _ in range(num_envs)]
-        venv = DummyVecEnv(makers)
+            envs: Any = gym.make_vec(env_id, num_envs=num_envs, autoreset_mode="SameStep", **env_kwargs)
+            venv = ProphetVecEnv(envs)
+        else:
+            makers: list[Callable[[], gym.Env]] = [lambda: gym.make(env_id, **env_kwargs) for _ in range(num_envs)]
+            venv = DummyVecEnv(makers)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"{env_id} does not take all of the arguments {env_kwargs}: {error}") from error
     venv = VecMonitor(venv)
     return VecFrameStack(venv, frame_stack) if frame_stack > 1 else venv
 
 
 def train(arguments: argparse.Namespace) -> int:
     """FA-GRPO from a cloned policy; resumes from the newest checkpoint in ``--out``."""
-    env_kwargs: dict[str, Any] = {}
-    if arguments.suite is not None:
-        env_kwargs["suite"] = arguments.suite
-    if arguments.dtype is not None:
-        env_kwargs["dtype"] = arguments.dtype
+    given = {name: getattr(arguments, name) for name in ("suite", "dtype", "world_model", "reward_model")}
+    env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
         env_kwargs["video"] = False
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
-    env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs, arguments.world_model)
+    env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
     if checkpoints:
         print(f"Resuming from {checkpoints[-1]}")
@@ -238,12 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--out", type=Path, required=True, help="folder for checkpoints, TensorBoard and the policy")
     learn.add_argument("--suite", help="argument of the environment")
     learn.add_argument("--task", help="argument of the environment")
-    learn.add_argument(
-        "--world-model",
-        action="append",
-        default=[],
-        help="name or folder of a Prophet; may be repeated: the environments are shared out among them",
-    )
+    learn.add_argument("--world-model", help="argument of Prophet's environments, name or folder")
+    learn.add_argument("--reward-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
     learn.add_argument(
         "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"

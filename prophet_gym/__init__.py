@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from prophet_gym.registration import register_envs
 
 if TYPE_CHECKING:
-    from prophet_gym.envs.joined_vec_env import JoinedVecEnv
     from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
     from prophet_gym.envs.single_env import ProphetEnv
     from prophet_gym.envs.vector_env import ProphetVectorEnv
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "JoinedVecEnv",
     "LiberoEnv",
     "ProphetEnv",
     "ProphetPipeline",
@@ -31,7 +29,6 @@ __all__ = [
 ]
 
 _MODULES = {
-    "JoinedVecEnv": "prophet_gym.envs.joined_vec_env",
     "LiberoEnv": "prophet_gym.simulators.libero",
     "ProphetEnv": "prophet_gym.envs.single_env",
     "ProphetPipeline": "prophet_gym.world_model.pipeline",

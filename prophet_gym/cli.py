@@ -88,21 +88,19 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     recorded = [train]
     if arguments.motion:
         recorded.append(load_arrays([EpisodeDataset(path) for path in arguments.motion], "train", video=False))
-    pipelines = [load_world_model(checkpoint, arguments.device) for checkpoint in arguments.world_model]
-    motion = concatenate(
-        [without_pictures(arrays) for arrays in recorded]
-        + [imagine_motions(pipeline, arrays) for pipeline in pipelines for arrays in recorded]
-    )
-    if pipelines:
+    motion = [without_pictures(arrays) for arrays in recorded]
+    if arguments.world_model is not None:
+        pipeline = load_world_model(arguments.world_model, arguments.device)
+        motion += [imagine_motions(pipeline, arrays) for arrays in recorded]
         imagined, val = (
-            imagine_episodes(pipelines[0], arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
+            imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
         )
         train = concatenate([train, imagined])
     train_success_classifier(
         train,
         val,
         arguments.out,
-        motion_arrays=motion,
+        motion_arrays=concatenate(motion),
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
@@ -190,11 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
         "--world-model",
-        action="append",
-        default=[],
-        help="train on its imagination too, and calibrate there alone: it is what an environment shows. May be "
-        "repeated: the motion learns from the estimates of all, and one that was not trained on these episodes errs on "
-        "them as on new ones",
+        default=None,
+        help="train on its imagination too, and calibrate there alone: it is what an environment shows",
     )
     reward.add_argument(
         "--motion", nargs="+", default=[], help="data sets from which the motion alone learns, recorded without video"

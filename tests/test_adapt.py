@@ -156,7 +156,7 @@ def test_an_untrained_proprioception_keeps_the_statistics(base: Path) -> None:
     fresh, statistics = model.untrained(), dict(model.named_buffers())
     assert fresh.config == model.config
     assert all(torch.equal(fresh.get_buffer(name), value) for name, value in statistics.items())
-    assert not torch.equal(fresh.cell.weight_ih, model.cell.weight_ih)
+    assert not torch.equal(fresh.members[0].cell.weight_ih, model.members[0].cell.weight_ih)
 
 
 def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

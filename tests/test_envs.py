@@ -22,7 +22,6 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import prophet_gym
-from prophet_gym.envs.joined_vec_env import JoinedVecEnv
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.envs.single_env import ProphetEnv
 from prophet_gym.envs.start_states import StartState, start_states_from_env, write_start_states
@@ -41,13 +40,13 @@ INIT_STATES = {0: "train", 1: "train", 2: "train", 40: "val", 45: "test"}
 class FakeWorldModel:
     """Frames that depend on the start, every action, and each env's own noise; every row on itself alone, exactly."""
 
-    chunk_size, chunk_frames, image_size, action_dim = 8, 2, 96, 7
+    chunk_size, chunk_frames, image_size, action_dim, num_members = 8, 2, 96, 7, 3
 
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images[:, None, ::24, ::24].astype(np.float64))
 
-    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
-        return torch.cat([proprio, torch.zeros(len(proprio), 1)], dim=1)
+    def init_state(self, proprio: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+        return torch.cat([proprio, member[:, None].float()], dim=1)
 
     def imagine(
         self,
@@ -65,7 +64,7 @@ class FakeWorldModel:
         drift = 40 * (actions[:, ::4, None, None, :3].double() + 0.1 * noise)
         latents = (history + drift.cumsum(dim=1)) % 256
         frames = latents.to(torch.uint8).repeat_interleave(24, dim=2).repeat_interleave(24, dim=3)
-        state = state + 0.01 * actions[:, -1, :1]
+        state = state + 0.01 * (1 + state[:, -1:]) * actions[:, -1, :1] * (torch.arange(9) < 8)
         poses = torch.stack([state[:, :8] - 0.5, state[:, :8]], dim=1)
         return SimpleNamespace(frames=frames, proprio=poses, history=latents[:, -1:], state=state)
 
@@ -439,7 +438,7 @@ def test_groups_share_the_start_and_not_the_noise(fake: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=6, **fake)
     obs, infos = envs.reset(seed=0, options={"group_size": 3})
     for group in (slice(0, 3), slice(3, 6)):
-        assert len({(t, i) for t, i in zip(infos["task"][group], infos["init_state"][group], strict=True)}) == 1
+        assert len(set(zip(*(infos[name][group] for name in ("task", "init_state", "member")), strict=True))) == 1
         assert (obs["image"][group] == obs["image"][group.start]).all()
     envs.step(np.zeros(envs.action_space.shape, np.float32))
     clips = envs.clips()
@@ -453,6 +452,26 @@ def test_options_choose_the_start(fake: dict[str, Any]) -> None:
     _, infos = envs.reset(options={"suite": ["libero_spatial", None], "task": [2, None], "init_state": 1})
     assert infos["suite"].tolist() == ["libero_spatial", "libero_object"]
     assert infos["task"].tolist() == [2, 0] and infos["init_state"].tolist() == [1, 1]
+
+
+def test_every_episode_is_one_members(fake: dict[str, Any]) -> None:
+    """Drawn among the world model's, or chosen: the same start and actions, and another motion for another member."""
+    envs = ProphetVectorEnv(num_envs=30, task=0, **fake)
+    drawn = envs.reset(seed=0)[1]["member"]
+    assert set(drawn) == {0, 1, 2}
+    chosen = [0, 1, 2] * 10
+    options = {"init_state": 0, "member": chosen}
+    obs, infos = envs.reset(seed=0, options=options)
+    assert infos["member"].tolist() == chosen
+    obs, *_, infos = envs.step(np.full(envs.action_space.shape, 0.5, np.float32))
+    assert infos["member"].tolist() == chosen
+    assert (
+        len(np.unique(obs["proprio"], axis=0)) == 3 and (obs["proprio"] == np.tile(obs["proprio"][:3], (10, 1))).all()
+    )
+    with pytest.raises(ValueError, match=r"Unknown member 3. Valid: None, which draws one, and \[0, 1, 2\]."):
+        envs.reset(options={"member": 3})
+    with pytest.raises(ValueError, match="member"):
+        envs.reset(options={"group_size": 3, "member": chosen})
 
 
 def test_a_user_start(fake: dict[str, Any]) -> None:
@@ -584,51 +603,6 @@ def test_equals_dummy_vec_env(fake: dict[str, Any]) -> None:
         tuple(ours.env_method("clip", indices=[0, 4])), tuple(dummy.env_method("clip", indices=[0, 4])), exact=True
     )
     assert ours.env_is_wrapped(gym.Wrapper, [0, 1]) == dummy.env_is_wrapped(gym.Wrapper, [0, 1]) == [False, False]
-
-
-def test_a_joined_vec_env_is_its_parts_side_by_side(fake: dict[str, Any]) -> None:
-    def parts() -> list[ProphetVecEnv]:
-        return [ProphetVecEnv(ProphetVectorEnv(n, **fake, autoreset_mode="SameStep")) for n in (2, 3)]
-
-    alone, joined = parts(), JoinedVecEnv(parts())
-    assert joined.num_envs == 5
-    joined._seeds = [7, 7, 8, 8, 9]
-    alone[0]._seeds, alone[1]._seeds = [7, 7], [8, 8, 9]
-    joined.set_options([{"task": task} for task in (0, 1, 2, 0, 1)])
-    alone[0].set_options([{"task": 0}, {"task": 1}])
-    alone[1].set_options([{"task": 2}, {"task": 0}, {"task": 1}])
-
-    def expected(results: list[Any]) -> dict[str, Any]:
-        return {key: np.concatenate([one[key] for one in results]) for key in results[0]}
-
-    assert data_equivalence(joined.reset(), expected([part.reset() for part in alone]), exact=True)
-    assert [info["task"] for info in joined.reset_infos] == [0, 1, 2, 0, 1]
-    joined.paused = np.array([False, True, False, False, True])
-    alone[0].paused, alone[1].paused = np.array([False, True]), np.array([False, False, True])
-    np.testing.assert_array_equal(joined.paused, [False, True, False, False, True])
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        actions = rng.uniform(-1, 1, (5, 8, 7)).astype(np.float32)
-        observations, rewards, dones, infos = joined.step(actions)
-        results = [part.step(own) for part, own in zip(alone, (actions[:2], actions[2:]), strict=True)]
-        assert data_equivalence(observations, expected([result[0] for result in results]), exact=True)
-        np.testing.assert_array_equal(rewards, np.concatenate([result[1] for result in results]))
-        np.testing.assert_array_equal(dones, np.concatenate([result[2] for result in results]))
-        assert data_equivalence(infos, [info for result in results for info in result[3]], exact=True)
-    joined.set_attr("mark", 3, indices=[1, 4])
-    assert joined.get_attr("mark", [4, 1]) == [3, 3] and joined.parts[1].get_attr("mark", [2]) == [3]
-    assert joined.env_method("clip", indices=3)[0].shape[1:] == (96, 96, 3)
-    joined.close()
-
-
-def test_a_joined_vec_env_refuses_what_does_not_fit(fake: dict[str, Any], real: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs at least one VecEnv"):
-        JoinedVecEnv([])
-    seen, felt = (
-        ProphetVecEnv(ProphetVectorEnv(2, **real, video=video, autoreset_mode="SameStep")) for video in (True, False)
-    )
-    with pytest.raises(ValueError, match="must have the same spaces"):
-        JoinedVecEnv([seen, felt])
 
 
 def test_seed_and_options_act_at_the_next_reset_only(fake: dict[str, Any]) -> None:

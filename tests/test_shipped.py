@@ -88,12 +88,15 @@ def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) ->
     assert len(seen.success) == len(felt.success) == 4 and len(seen.videos) == 2 and not felt.videos
 
 
-def test_the_command_trains_without_video(tmp_path: Path) -> None:
+def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", str(WEIGHTS / "flow-policy-libero-40"), "--no-video", "--suite", "libero_spatial", "--quiet"]
-    command += ["--world-model", "prophet-libero-tiny", "--world-model", str(WEIGHTS / "prophet-libero-tiny")]
+    command += ["--world-model", str(WEIGHTS / "prophet-libero-tiny"), "--reward-model", "reward-libero"]
     command += ["--num-envs", "16", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
     assert fagrpo_main(command) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
+    # Another environment has no world model.
+    assert fagrpo_main([*command, "--env", "Pendulum-v1", "--out", str(tmp_path / "other")]) == 2
+    assert "unexpected keyword argument" in capsys.readouterr().err
     # A policy that looks cannot be trained, or asked, there.
     command[1] = str(WEIGHTS / "flow-policy-libero")
     assert fagrpo_main([*command[:-3], str(tmp_path / "looking"), *command[-2:]]) == 2

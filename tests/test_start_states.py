@@ -243,7 +243,7 @@ START = {"image": np.zeros((2, 96, 96, 3), np.uint8), "proprio": np.zeros((2, 8)
         ({"group_size": True}, ValueError, "positive int"),
         ({"group_size": 3}, ValueError, r"divide the number of envs \(2\)"),
         ({"group_size": 2, "start": START}, ValueError, "repeat it once per env"),
-        ({"group_size": 2, "task": [0, 1]}, ValueError, "the same suite, task and init_state"),
+        ({"group_size": 2, "task": [0, 1]}, ValueError, "the same suite, task, init_state and member"),
         ({"group_size": 2, "reset_mask": np.array([True, False])}, ValueError, "whole groups"),
         ({"reset_mask": [True, False]}, TypeError, "bool array"),
         ({"reset_mask": np.ones(2)}, TypeError, "bool array, got float64"),

@@ -11,7 +11,7 @@ from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prophet_gym.data.clips import ClipSampler, EpisodeArrays, concatenate, subset
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays, concatenate, episode_folds, subset
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model import (
@@ -33,6 +33,7 @@ from prophet_gym.world_model.imagination import (
     imagine_episodes,
     imagine_motions,
     imagine_training_episodes,
+    replay_episodes,
     track_holds,
 )
 from prophet_gym.world_model.losses import (
@@ -202,7 +203,7 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "state": torch.zeros(2, 47),
+        "state": torch.zeros(2, 48),
         "actions": torch.zeros(2, 8, 7),
         "images": torch.zeros(2, 2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
@@ -219,6 +220,10 @@ def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
     history = pipeline.init_history(images)
     with pytest.raises(ValueError, match=r"proprio of shape \(B, 8\), got \(1, 7\)"):
         pipeline.init_state(proprio[:, :7])
+    with pytest.raises(ValueError, match=r"one member per robot, \(1,\), got \(2,\)"):
+        pipeline.init_state(proprio, torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=r"Members must be in 0 ... 0, got \[1\]"):
+        pipeline.init_state(proprio, torch.tensor([1]))
     with pytest.raises(ValueError, match="at least 1"):
         pipeline.imagine(history, pipeline.init_state(proprio), actions, twice(images), SUITES[:1], None, 0)
     with pytest.raises(ValueError, match="one suite per episode, 1 in all"):
@@ -495,6 +500,83 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     loss_fn = transformer_loss(whole, arrays, latents, batch_size=4, steps=10**9, imagined=imagined)
     assert improvement(transformer, loss_fn, 60, 5e-3) < 1
     assert all(torch.equal(one, other) for one, other in zip(encoder, vae.encoder.parameters(), strict=True))
+
+
+def ensemble() -> ProprioceptionModel:
+    torch.manual_seed(0)
+    model = ProprioceptionModel(hidden_dim=8, width=16, num_members=3).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@given(members=st.lists(st.integers(0, 2), min_size=1, max_size=7))
+@settings(deadline=None, max_examples=20)
+def test_each_robot_is_moved_by_its_member(members: list[int]) -> None:
+    """Whatever the others of the batch are moved by, and for as many frames as it likes."""
+    model, count = ensemble(), len(members)
+    start, projection = torch.rand(count, 3, 96, 96), torch.rand(count, 3, 4)
+    robot, actions = torch.zeros(count, dtype=torch.int64), torch.rand(2, count, 4, 7)
+    with torch.inference_mode():
+        states = [model.init_state(torch.rand(count, 8), torch.tensor(members))]
+        for action in actions:
+            states.append(model(states[-1], action, start, projection, robot))
+        for row, member in enumerate(members):
+            alone, one = model.member(member), slice(row, row + 1)
+            state = alone.init_state(states[0][one, :8])
+            for action in actions:
+                state = alone(state, action[one], start[one], projection[one], robot[one])
+            torch.testing.assert_close(states[-1][one, :-1], state[:, :-1])
+            assert states[-1][row, -1] == member
+
+
+def test_a_member_alone_has_the_ensembles_own_weights() -> None:
+    model = ensemble()
+    alone = model.member(1)
+    assert alone.config.num_members == 1 and alone.state_dict().keys() == model.member(2).state_dict().keys()
+    with torch.no_grad():
+        for weight in alone.parameters():
+            weight.zero_()
+    zero = [all((weight == 0).all() for weight in member.parameters()) for member in model.members]
+    assert zero == [False, True, False]
+
+
+def test_folds_do_not_depend_on_what_else_is_loaded() -> None:
+    arrays = episodes(40)
+    folds = episode_folds(arrays, 4)
+    assert folds.bincount(minlength=4).min() > 0
+    some, rows = subset(arrays, 15, seed=2)
+    chosen = torch.searchsorted(arrays.starts, rows[some.starts])
+    assert torch.equal(episode_folds(some, 4), folds[chosen]) and chosen.tolist() != list(range(15))
+    assert not episode_folds(arrays, 1).any()
+
+
+def test_no_member_learns_from_its_own_fold() -> None:
+    """A fold that is spoilt spoils the loss of all members but its own."""
+    arrays, pipeline = episodes(24), ProphetPipeline.tiny_random()
+    pipeline.register_modules(proprioception=ensemble())
+    spoilt = arrays.proprio.clone()
+    spoilt[(episode_folds(arrays, 3) == 1).repeat_interleave(arrays.lengths)] = float("nan")
+    arrays = replace(arrays, proprio=spoilt)
+    losses = [
+        proprioception_loss(pipeline, arrays, 64, member=member)(0, torch.Generator().manual_seed(0))[0]
+        for member in range(3)
+    ]
+    assert [bool(loss.isnan()) for loss in losses] == [True, False, True]
+
+
+def test_recorded_episodes_are_imagined_by_the_member_that_has_not_learned_from_them() -> None:
+    arrays, pipeline = episodes(6), ProphetPipeline.tiny_random()
+    pipeline.register_modules(proprioception=ensemble())
+    folds = episode_folds(arrays, 3)
+    imagined = imagine_motions(pipeline, arrays).proprio.view(6, -1, 8)
+    _, replayed = replay_episodes(pipeline, arrays, torch.arange(6), list(range(6)))
+    for fold in range(3):
+        pipeline.register_modules(proprioception=ensemble().member(fold))
+        alone = imagine_motions(pipeline, arrays).proprio.view(6, -1, 8)
+        torch.testing.assert_close(imagined[folds == fold], alone[folds == fold])
+        assert (imagined[folds != fold] != alone[folds != fold]).flatten(1).any(1).all()
+    torch.testing.assert_close(replayed, imagined[:, : replayed.shape[1]])
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training windows for the world model: all frames of a split in memory, and random clips as indices into them."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -135,6 +136,20 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays,
         records=tuple(arrays.records[episode] for episode in chosen),
     )
     return some, rows
+
+
+def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:
+    """One of ``count`` folds for each episode, int64 (E,), for cross-fitting.
+
+    It is a checksum of the episode's actions: the same wherever, and beside whatever others, the episode is loaded.
+    """
+    ends = arrays.starts + arrays.lengths
+    return torch.tensor(
+        [
+            zlib.crc32(arrays.actions[start:end].numpy().tobytes()) % count
+            for start, end in zip(arrays.starts.tolist(), ends.tolist(), strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True, eq=False)

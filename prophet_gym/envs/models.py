@@ -54,8 +54,12 @@ class WorldModel(Protocol):
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) -> history, batch first."""
 
-    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
-        """Proprio float32 (B, 8) -> state (B, S)."""
+    @property
+    def num_members(self) -> int:
+        """Members of the ensemble that the world model is, 1 if it is none: each episode is one member's."""
+
+    def init_state(self, proprio: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+        """Proprio float32 (B, 8) and members int64 (B,) -> state (B, S)."""
 
     def imagine(
         self,
@@ -113,7 +117,7 @@ def resolve_models(
         reward = load_reward_model(reward_model, device)
     imagines = ("init_history", "imagine") if video else ("imagine_motion",)
     for model, needs in (
-        (world, (*imagines, "init_state", "chunk_size", "chunk_frames", "image_size", "action_dim")),
+        (world, (*imagines, "init_state", "num_members", "chunk_size", "chunk_frames", "image_size", "action_dim")),
         (reward, ("score", "threshold" if video else "motion_threshold")),
     ):
         if missing := [name for name in needs if getattr(model, name, None) is None]:

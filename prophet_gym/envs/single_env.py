@@ -61,15 +61,19 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     split `train` has 0-39, `val` 40-44, `test` 45-49. At each reset the task is drawn first (unless given), then the
     initial state. ``reset(options=...)`` takes `suite`, `task` and `init_state`; or `start`, your own
     ``{"image": uint8 (S, S, 3) of any size S, "proprio": float (8,), "instruction": str}``, with `info["suite"]` then
-    `"user"`, `task` and `init_state` -1. The same seed and the same actions give the same video.
+    `"user"`, `task` and `init_state` -1.
+
+    What happens where the fingers touch something, Prophet can only guess, so it is an ensemble: one of its members
+    moves the robot for a whole episode. It is drawn too, or `options["member"]`, 0 to 5 with the shipped weights. The
+    same seed and the same actions give the same video.
 
     ## Episode end
     1. Termination: the reward model's success probability reaches its threshold at the end of a chunk.
     2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s).
 
-    `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability`, `is_success`, `seed` (of the env's
-    random stream; drawn if you gave none), and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5
-    frames per second.
+    `info` has `instruction`, `suite`, `task`, `init_state`, `member`, `success_probability`, `is_success`, `seed` (of
+    the env's random stream; drawn if you gave none), and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's
+    video at 5 frames per second.
 
     ## Arguments
     `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`,

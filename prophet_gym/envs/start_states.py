@@ -98,7 +98,7 @@ class StartStates:
             by_split = self._index.setdefault(row["suite"], {}).setdefault(row["task"], {})
             by_split.setdefault(row["split"], {})[row["init_state"]] = number
             self._task_numbers[row["suite"], row["task_name"]] = row["task"]
-        self.image_size = len(_decode_png(self._rows[0]["image"], f"{self.path}, row 0"))
+        self.image_size = len(_decode_image(self._rows[0]["image"], f"{self.path}, row 0"))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -171,7 +171,7 @@ class StartStates:
             init_state=row["init_state"],
             split=row["split"],
             proprio=np.array(row["proprio"], dtype=np.float32),
-            image=_decode_png(row["image"], f"{self.path}, row {rows[init_state]}"),
+            image=_decode_image(row["image"], f"{self.path}, row {rows[init_state]}"),
         )
 
 
@@ -252,9 +252,9 @@ class ResetRequest:
     """What ``reset(options=...)`` of a vector env asks for, checked and spread over its envs.
 
     :param mask: bool (num_envs,), the envs to reset.
-    :param group_size: envs ``i * group_size ... (i + 1) * group_size - 1`` share one start.
-    :param per_env: for each env any of ``{"suite", "task", "init_state"}``, or
-        ``{"start": {"image", "proprio", "instruction"}}``.
+    :param group_size: envs ``i * group_size ... (i + 1) * group_size - 1`` share one start and member.
+    :param per_env: for each env any of ``{"suite", "task", "init_state", "member"}``, or of
+        ``{"start": {"image", "proprio", "instruction"}, "member"}``.
     """
 
     mask: NDArray[np.bool_]
@@ -291,9 +291,9 @@ class ResetRequest:
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
-    unknown = sorted(set(options) - _TABLE_KEYS - {"start"})
+    unknown = sorted(set(options) - _TABLE_KEYS - {"member", "start"})
     if unknown:
-        valid = [*sorted(_TABLE_KEYS), "start", "group_size", "reset_mask"]
+        valid = [*sorted(_TABLE_KEYS), "member", "start", "group_size", "reset_mask"]
         raise ValueError(f"Unknown reset options {unknown}. Valid options: {valid}.")
     if "start" not in options:
         return
@@ -363,12 +363,12 @@ def _check_groups(group_size: Any, mask: NDArray[np.bool_], per_env: list[dict[s
         )
     if any(one != per_env[i - i % group_size] for i, one in enumerate(per_env)):
         raise ValueError(
-            f"The {group_size} envs of a group share one start: give them the same suite, task and init_state."
+            f"The {group_size} envs of a group share one start: give them the same suite, task, init_state and member."
         )
 
 
 def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str]) -> None:
-    """Write start states to a parquet file (PNG images), atomically.
+    """Write start states to a parquet file (lossless WebP images), atomically.
 
     :param rows: the starts; every (suite, task, init_state) once.
     :param path: the file to write; a file that is there is replaced.
@@ -391,7 +391,7 @@ def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str])
             raise ValueError(f"Start state {key}: split must be one of {list(SPLITS)}, got {row.split!r}.")
         for name in _SCHEMA.names:
             columns[name].append(getattr(row, name))
-        columns["image"][-1] = _encode_png(row.image)
+        columns["image"][-1] = _encode_image(row.image)
         columns["proprio"][-1] = row.proprio.astype(np.float32)
     if not seen:
         raise ValueError("No start states to write.")
@@ -401,18 +401,18 @@ def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str])
     os.replace(temporary, path)
 
 
-def _encode_png(image: NDArray[np.uint8]) -> bytes:
+def _encode_image(image: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="WEBP", lossless=True, quality=100)
     return buffer.getvalue()
 
 
-def _decode_png(data: bytes, where: str) -> NDArray[np.uint8]:
+def _decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
             return np.array(image.convert("RGB"), dtype=np.uint8)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{where}: the image is not a readable PNG ({error}).") from error
+        raise ValueError(f"{where}: the image is not a readable WebP or PNG ({error}).") from error
 
 
 def start_states_from_env(env: gym.Env[Any, Any], tasks: Iterable[int], init_states: Iterable[int]) -> list[StartState]:

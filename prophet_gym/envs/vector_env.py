@@ -31,16 +31,27 @@ Observation = dict[str, NDArray[Any]]
 
 REWARD_TYPES = ("sparse", "probability")
 
-_STATE = ("_history", "_state", "_embeddings", "_lengths", "_probability", "_solved", "_done", "_starts", "_seeds")
+_STATE = (
+    "_history",
+    "_state",
+    "_embeddings",
+    "_lengths",
+    "_probability",
+    "_solved",
+    "_done",
+    "_starts",
+    "_members",
+    "_seeds",
+)
 
 
 class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]):
     """Prophet-LIBERO as a native vector environment; see :class:`ProphetEnv` for the task itself.
 
-    Every env has its own random streams (``np_random[i]`` for starts, a ``torch.Generator`` seeded from it for the
-    world model's noise), so that a seed and a sequence of actions give the same video whatever the other envs do (up
-    to the rounding of batched float32 products: at most one grey level here and there). It behaves as ``SyncVectorEnv``
-    over :class:`ProphetEnv` in all three autoreset modes.
+    Every env has its own random streams (``np_random[i]`` for starts and, seeded from it, one for the members of the
+    world model's ensemble and a ``torch.Generator`` for its noise), so that a seed and a sequence of actions give the
+    same video whatever the other envs do (up to the rounding of batched float32 products: at most one grey level here
+    and there). It behaves as ``SyncVectorEnv`` over :class:`ProphetEnv` in all three autoreset modes.
 
     :param num_envs: number of robots imagined side by side.
     :param suite: task suite, one of those with recorded starts, e.g. ``"libero_object"`` or ``"libero_spatial"``.
@@ -155,8 +166,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
         self._state: torch.Tensor | None = None  # (num_envs, S)
         self._starts: list[StartState | None] = [None] * num_envs
+        self._members = np.zeros(num_envs, np.int64)  # of the world model's ensemble
         self._seeds: list[int] = [-1] * num_envs
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        # Not np_random, which visits the starts that the real simulator's does.
+        self._member_rngs = [np.random.default_rng() for _ in range(num_envs)]
         self._noise = [torch.Generator() for _ in range(num_envs)]
 
     @property  # type: ignore[misc]
@@ -184,13 +198,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
             - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed,
               or drawn).
-            - ``group_size``: G; envs ``i * G ... (i + 1) * G - 1`` share one start, drawn by the first of them. Their
-              noise differs. It holds for the episodes that begin now; an autoreset draws for itself.
+            - ``member``: likewise, which member of the world model's ensemble moves the robot; drawn if None.
+            - ``group_size``: G; envs ``i * G ... (i + 1) * G - 1`` share one start and member, drawn by the first of
+              them. Their noise differs. It holds for the episodes that begin now; an autoreset draws for itself.
             - ``start``: ``{"image", "proprio", "instruction"}`` with one entry per env, your own start: see
               :func:`~prophet_gym.envs.start_states.user_start`.
             - ``reset_mask``: bool (num_envs,), the envs to reset; the others go on.
         :return: observations and infos of all envs; infos of the envs that were reset.
-        :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task, init_state.
+        :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task, init_state,
+            member.
         :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
         """
         request = ResetRequest.parse(options, self.num_envs)
@@ -201,7 +217,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         rows = np.flatnonzero(request.mask)
         if any(self._starts[i] is None for i in np.flatnonzero(~request.mask).tolist()):
             raise gym.error.ResetNeeded("The first reset() must reset every env: leave 'reset_mask' out.")
-        starts: dict[int, StartState] = {}
+        starts: dict[int, tuple[StartState, int]] = {}
         for i in rows.tolist():
             self._rng(i, None if seed is None else seed[i])
             leader = i - i % request.group_size
@@ -286,6 +302,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         state["clips"] = self._clips[:, : self._lengths.max()].copy()
         state["proprio"] = self._proprio[:, : self._lengths.max()].copy()
         state["np_random"] = [rng.bit_generator.state for rng in self.np_random]
+        state["member_rngs"] = [rng.bit_generator.state for rng in self._member_rngs]
         state["noise"] = [generator.get_state() for generator in self._noise]
         return state
 
@@ -313,6 +330,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._proprio[:, : proprio.shape[1]] = proprio
         for i in range(self.num_envs):
             self._rng(i).bit_generator.state = state["np_random"][i]
+            self._member_rngs[i].bit_generator.state = state["member_rngs"][i]
             self._noise[i].set_state(state["noise"][i])
         self._seeds = list(state["_seeds"])
 
@@ -323,27 +341,38 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             if seed is None:
                 seed = int(np.random.SeedSequence().generate_state(1)[0])
             rng, self._seeds[i] = seeding.np_random(seed)
-            noise_seed = rng.bit_generator.seed_seq.spawn(1)[0].generate_state(1, np.uint64)[0]  # type: ignore[attr-defined]
-            self._noise[i].manual_seed(int(noise_seed))
+            noise_seed, member_seed = rng.bit_generator.seed_seq.spawn(2)  # type: ignore[attr-defined]
+            self._noise[i].manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
+            self._member_rngs[i] = np.random.default_rng(member_seed)
             self._rngs[i] = rng
         return rng
 
-    def _choose_start(self, i: int, options: Mapping[str, Any]) -> StartState:
+    def _choose_start(self, i: int, options: Mapping[str, Any]) -> tuple[StartState, int]:
+        """The start of env i's next episode, and the member of the world model's ensemble that it belongs to."""
         if "start" in options:
-            return user_start(**options["start"], image_size=self.world_model.image_size)
-        suite = options.get("suite") or self.suite
-        task = options.get("task")
-        if task is None and suite == self.suite:
-            task = self.task
-        return self.start_states.draw(
-            self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
-        )
+            start = user_start(**options["start"], image_size=self.world_model.image_size)
+        else:
+            suite = options.get("suite") or self.suite
+            task = options.get("task")
+            if task is None and suite == self.suite:
+                task = self.task
+            start = self.start_states.draw(
+                self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
+            )
+        member, count = options.get("member"), self.world_model.num_members
+        if member is None:
+            return start, int(self._member_rngs[i].integers(count))
+        if isinstance(member, bool) or member not in range(count):
+            raise ValueError(f"Unknown member {member!r}. Valid: None, which draws one, and {list(range(count))}.")
+        return start, int(member)
 
-    def _begin(self, rows: NDArray[np.int64], starts: Sequence[StartState]) -> None:
-        """Begin an episode from ``starts[k]`` in env ``rows[k]``."""
+    def _begin(self, rows: NDArray[np.int64], chosen: Sequence[tuple[StartState, int]]) -> None:
+        """Begin the episode ``chosen[k]`` in env ``rows[k]``, see :meth:`_choose_start`."""
+        starts = [start for start, _ in chosen]
+        self._members[rows] = [member for _, member in chosen]
         images, proprio = (np.stack([getattr(start, name) for start in starts]) for name in ("image", "proprio"))
         index = torch.from_numpy(rows)
-        state = self.world_model.init_state(torch.from_numpy(proprio))
+        state = self.world_model.init_state(torch.from_numpy(proprio), torch.from_numpy(self._members[rows]))
         if self._state is None:
             self._state = state.new_zeros((self.num_envs, *state.shape[1:]))
         self._state[index] = state
@@ -446,6 +475,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             "suite": start.suite,
             "task": start.task,
             "init_state": start.init_state,
+            "member": int(self._members[i]),
             "success_probability": float(self._probability[i]),
             "is_success": bool(not began and self._solved[i]),
             "seed": self._seeds[i],

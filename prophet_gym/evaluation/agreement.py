@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
+from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, load_arrays, subset
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
@@ -362,7 +362,8 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     suites = [record.suite for record in arrays.records[:count]]
     projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
     start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
-    bodies = [pipeline.proprioception.init_state(proprio[:, 0])]
+    members = episode_folds(arrays, pipeline.num_members)[:count].to(pipeline.device)
+    bodies = [pipeline.proprioception.init_state(proprio[:, 0], members)]
     for frame in range(1, length):
         body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection, robot)
         bodies.append(torch.cat([proprio[:, frame], body[:, proprio.shape[2] :]], dim=1))

@@ -22,7 +22,7 @@ from prophet_gym.world_model.training import (
 from prophet_gym.world_model.transformer import with_memory
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # A few episodes: a quarter of an hour on one core.
+    # A few episodes: half an hour on one core.
     "adapt": {
         "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 1e-3},
         "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 3e-4},
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on held-out episodes (docs/results.md).
-    "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
+    "motion": {"anew": True, "proprioception": {"steps": 2000, "batch_size": 64, "learning_rate": 2e-3}},
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm.auto import tqdm
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
+from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, without_pictures
 from prophet_gym.training import best_precision
 from prophet_gym.world_model.action_conditioning import HOLD_DIM, carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -27,7 +27,8 @@ def replay_episodes(
     noise_seeds: Sequence[int],
     batch_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Imagine episodes from their first frame and their actions, Prophet's own frames and estimates fed back.
+    """Imagine episodes from their first frame and their actions, Prophet's own frames and estimates fed back. Each is
+    moved by the member of the proprioception that has not learned from it, see `fit_proprioception`.
 
     Args:
         episodes: int64 (N,), which ones of `arrays`. noise_seeds: N, of the world model's noise.
@@ -37,6 +38,7 @@ def replay_episodes(
         (N, T + 1, P): the first ones real, the others imagined.
     """
     rows = frame_rows(arrays, episodes, pipeline.chunk_frames)
+    members = episode_folds(arrays, pipeline.num_members)
     clips, proprio = [], []
     for batch in tqdm(torch.arange(len(episodes)).split(batch_size), desc="imagining episodes", leave=False):
         clip, poses = pipeline.replay(
@@ -45,6 +47,7 @@ def replay_episodes(
             arrays.actions[rows[batch, :-1]].flatten(1, 2),
             [arrays.records[episode].suite for episode in episodes[batch]],
             [torch.Generator().manual_seed(noise_seeds[index]) for index in batch],
+            member=members[episodes[batch]],
         )
         clips.append(clip)
         proprio.append(poses)
@@ -88,15 +91,17 @@ def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Ten
 @torch.inference_mode()
 def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int = 256) -> EpisodeArrays:
     """All episodes with Prophet's estimate of their proprioception, from the first frames and the actions, and without
-    pictures: a judge that trains on them learns what the motion looks like where Prophet errs."""
+    pictures: a judge that trains on them learns what the motion looks like where Prophet errs. Members as in
+    `replay_episodes`."""
     model = pipeline.proprioception
+    members = episode_folds(arrays, pipeline.num_members)
     proprio = arrays.proprio.clone()
     for episodes in torch.arange(len(arrays.starts)).split(batch_size):
         starts, lengths = arrays.starts[episodes], arrays.lengths[episodes]
         suites = [arrays.records[episode].suite for episode in episodes]
         projection, robot = pipeline.projection(suites).to(model.device), pipeline.robot(suites).to(model.device)
         pixels = frames_to_pixels(arrays.frames[starts]).to(model.device)
-        state = model.init_state(proprio[starts].to(model.device))
+        state = model.init_state(proprio[starts].to(model.device), members[episodes].to(model.device))
         for frame in range(1, int(lengths.max())):
             rows = starts + lengths.minimum(torch.tensor(frame)) - 1  # where an episode is over, its last one
             state = model(state, arrays.actions[rows].to(model.device), pixels, projection, robot)

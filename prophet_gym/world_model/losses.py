@@ -4,7 +4,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch.nn import functional as F
 
-from prophet_gym.data.clips import ClipSampler, EpisodeArrays
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays, episode_folds
 from prophet_gym.training import LossFn
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -20,19 +20,26 @@ GRIP = 0.002
 """Scale of the fingers' opening on which an empty hand (about 1 mm) differs from one round a rim (4 mm), metres."""
 
 
-def proprioception_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, frames: int = 20) -> LossFn:
-    """Error of the proprioception over `frames` frames of its own rollout, in units of one frame's usual change, and
-    of the fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
+def proprioception_loss(
+    pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, frames: int = 20, member: int = 0
+) -> LossFn:
+    """Error of one member of the proprioception over `frames` frames of its own rollout, in units of one frame's usual
+    change, and of the fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
 
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
     true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
+
+    Of M > 1 members, each learns from all folds of the episodes but its own, see `episode_folds`: the members differ,
+    and every episode can be imagined by one that errs on it as on a new one.
     """
-    frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception
+    frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception.member(member)
+    folds = episode_folds(arrays, pipeline.num_members)
+    learned = ((folds != member) | (pipeline.num_members == 1)).repeat_interleave(arrays.lengths)
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = next(ClipSampler(arrays, 1, frames, batch_size, generator))
+        clip = next(ClipSampler(arrays, 1, frames, batch_size, generator, learned))
         at_start = torch.rand(batch_size, generator=generator) < 0.5
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
         projection, robot = projections[clip.episodes].to(model.device), robots[clip.episodes].to(model.device)

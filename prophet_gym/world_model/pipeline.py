@@ -88,7 +88,7 @@ class ProphetPipeline(DiffusionPipeline):
     Args:
         vae (`ProphetAutoencoder` or `ProphetCosmosAutoencoder`): frames <-> latents.
         transformer (`ProphetTransformer3DModel` or `ProphetCosmosTransformer3DModel`): velocity of the chunk's latents.
-        proprioception (`ProprioceptionModel`): the robot's own state.
+        proprioception (`ProprioceptionModel`): the robot's own state, as one member of an ensemble sees it.
         scheduler (`FlowMatchEulerDiscreteScheduler`): integrates the velocity from noise (sigma 1) to data (sigma 0).
         image_size (`int`): side of the square video, pixels.
         chunk_size (`int`): low-level actions in a chunk.
@@ -230,18 +230,32 @@ class ProphetPipeline(DiffusionPipeline):
         latents = self.vae.encode(pixels).to(self.transformer.dtype)
         return latents[:, None].repeat(1, self.transformer.buffer_frames, 1, 1, 1)
 
-    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
-        """The state, float32 (B, S), of robots at rest with this proprioception (B, P), metres and radians.
+    @property
+    def num_members(self) -> int:
+        """Members of the ensemble of the proprioception."""
+        return self.proprioception.config.num_members
+
+    def init_state(self, proprio: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+        """The state, float32 (B, S), of robots at rest.
+
+        Args:
+            proprio: float (B, P), metres and radians.
+            member: int64 (B,) in [0, num_members), which member of the ensemble moves each robot; None: the first.
 
         Raises:
-            ValueError: the shape differs.
+            ValueError: a shape differs, or there is no such member.
         """
         if proprio.ndim != 2 or proprio.shape[1] != self.proprioception.config.proprio_dim:
             raise ValueError(
                 f"Expected proprio of shape (B, {self.proprioception.config.proprio_dim}), got {tuple(proprio.shape)}."
             )
+        if member is not None:
+            if member.shape != proprio.shape[:1]:
+                raise ValueError(f"Expected one member per robot, ({len(proprio)},), got {tuple(member.shape)}.")
+            if len(member) and not 0 <= int(member.min()) <= int(member.max()) < self.num_members:
+                raise ValueError(f"Members must be in 0 ... {self.num_members - 1}, got {member.tolist()}.")
         proprio = proprio.to(self.device, torch.float32)
-        return torch.cat([self.proprioception.init_state(proprio), init_hold(proprio)], dim=1)
+        return torch.cat([self.proprioception.init_state(proprio, member), init_hold(proprio)], dim=1)
 
     @torch.inference_mode()
     def imagine(
@@ -324,13 +338,14 @@ class ProphetPipeline(DiffusionPipeline):
         suites: Sequence[str],
         generator: list[torch.Generator] | torch.Generator | None = None,
         num_inference_steps: int | None = None,
+        member: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Imagine whole episodes open loop, Prophet's own frames fed back.
 
         Args:
             images: uint8 (B, H, W, 3) start frames. proprio: float32 (B, P).
             actions: float32 (B, N, A); N is a multiple of chunk_size.
-            suites, generator, num_inference_steps: as in `imagine`.
+            suites, generator, num_inference_steps: as in `imagine`. member: as in `init_state`.
 
         Returns:
             Frames uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first, and the proprioception at each of
@@ -342,7 +357,7 @@ class ProphetPipeline(DiffusionPipeline):
         if actions.shape[1] % self.chunk_size:
             raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
         clip, poses = [torch.as_tensor(images)[:, None]], [proprio[:, None].float().cpu()]
-        history, state = self.init_history(images), self.init_state(proprio)
+        history, state = self.init_history(images), self.init_state(proprio, member)
         for chunk in actions.split(self.chunk_size, dim=1):
             latest = torch.stack([clip[0][:, 0], clip[-1][:, -1]], dim=1)
             imagined = self.imagine(history, state, chunk, latest, suites, generator, num_inference_steps)

@@ -21,8 +21,12 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     for those are imagined: the arm is seen there where it is believed to be, and a model that learned from real ones to
     correct its belief by them would be misled.
 
-    The state of a robot is its proprioception, its velocity and a memory, float (B, proprio_dim + velocity_dim +
-    hidden_dim).
+    Where a grasp is close, what happens cannot be known from a picture, only guessed; a policy that is rewarded for
+    what one model guesses soon plays for its errors. So the model is an ensemble: members with weights of their own, of
+    which one moves a robot for a whole episode (the TS-infinity sampling of Chua et al. 2018, arXiv 1805.12114).
+
+    The state of a robot is its proprioception, its velocity, a memory and the number of its member, float (B,
+    proprio_dim + velocity_dim + hidden_dim + 1).
 
     Several robots share the weights. Each has a slot: its statistics, the mask of the actions that it obeys, and one
     input that says which one it is.
@@ -37,6 +41,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         hidden_dim (`int`, defaults to `128`): size of the memory.
         width (`int`, defaults to `192`): width of the networks.
         crop_size (`int`, defaults to `24`): side of the crop, pixels, a multiple of 4.
+        num_members (`int`, defaults to `1`): size M of the ensemble.
     """
 
     @register_to_config
@@ -50,32 +55,11 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         hidden_dim: int = 128,
         width: int = 192,
         crop_size: int = 24,
+        num_members: int = 1,
     ) -> None:
         super().__init__()
-        self.eyes = nn.Sequential(
-            nn.Conv2d(3, 24, 4, stride=4),
-            nn.SiLU(),
-            nn.Conv2d(24, 32, 3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(32 * (crop_size // 4) ** 2, 64),
-            nn.SiLU(),
-            nn.Dropout(0.1),  # a scene is easily learned by heart
-        )
-        # The affine map from velocity and actions to motion and the next velocity.
-        chunk, rows = frame_stride * action_dim, proprio_dim + velocity_dim
-        self.where = nn.Sequential(
-            nn.Linear(proprio_dim + robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
-        self.to_map = nn.Linear(width, rows * (velocity_dim + chunk + 1))
-        nn.init.normal_(self.to_map.weight, std=0.01)
-        self.to_map.bias.data.copy_(_usual_map(proprio_dim, velocity_dim, frame_stride, action_dim).flatten())
-        # What it leaves out. Gated: what an action does depends on what is there.
-        self.encoder = nn.Linear(proprio_dim + robots + velocity_dim + chunk + 64, 2 * width)
-        self.cell = nn.GRUCell(width, hidden_dim)
-        self.correction = nn.Sequential(nn.Linear(width + hidden_dim, width), nn.SiLU(), nn.Linear(width, rows))
-        nn.init.zeros_(self.correction[-1].weight)
-        nn.init.zeros_(self.correction[-1].bias)
+        sizes = (proprio_dim, frame_stride, action_dim, robots, velocity_dim, hidden_dim, width, crop_size)
+        self.members = nn.ModuleList(_Member(*sizes) for _ in range(num_members))
         # Statistics of the training data, for each robot; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(robots, proprio_dim))
         self.register_buffer("proprio_std", torch.ones(robots, proprio_dim))
@@ -85,7 +69,16 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     @property
     def state_dim(self) -> int:
         """Size of a robot's state."""
-        return self.config.proprio_dim + self.config.velocity_dim + self.config.hidden_dim
+        return self.config.proprio_dim + self.config.velocity_dim + self.config.hidden_dim + 1
+
+    def member(self, index: int) -> "ProprioceptionModel":
+        """One member alone, as a model whose weights and statistics are this one's."""
+        with torch.device("meta"):
+            alone = type(self).from_config(self.config, num_members=1)
+        alone.members = nn.ModuleList([self.members[index]])
+        for name, statistics in self.named_buffers():
+            alone.register_buffer(name, statistics)
+        return alone
 
     def untrained(self) -> "ProprioceptionModel":
         """A model of the same configuration and statistics with random weights, on the CPU."""
@@ -99,9 +92,13 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         shape = (len(robot), *(1,) * (proprio.ndim - 2), -1)
         return (proprio - self.proprio_mean[robot].view(shape)) / self.proprio_std[robot].view(shape)
 
-    def init_state(self, proprio: torch.Tensor) -> torch.Tensor:
-        """The state (B, S) of a robot at rest with this proprioception (B, P)."""
-        return F.pad(proprio, (0, self.state_dim - proprio.shape[1]))
+    def init_state(self, proprio: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+        """The state (B, S) of robots at rest with this proprioception (B, P), moved by these members, int64 (B,), or by
+        the first one."""
+        state = F.pad(proprio, (0, self.state_dim - proprio.shape[1]))
+        if member is not None:
+            state[:, -1] = member
+        return state
 
     # Millimetres matter, and bfloat16 has three digits.
     @torch.autocast("cpu", enabled=False)
@@ -126,25 +123,88 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         Returns:
             State after the actions, same shape and units.
         """
-        config = self.config
-        proprio, velocity, memory = state.split([config.proprio_dim, config.velocity_dim, config.hidden_dim], dim=-1)
-        seen = self.eyes(look_around(start, proprio[:, :3].detach(), projection, config.crop_size))
-        actions = (actions * self.action_mask[robot][:, None]).flatten(1)
+        proprio = state[:, : self.config.proprio_dim]
+        crop = look_around(start, proprio[:, :3].detach(), projection, self.config.crop_size)
+        which = F.one_hot(robot, self.config.robots).to(state)
         # Bounded, so that a rollout that goes astray does not run away.
-        where = self.normalize(proprio, robot).clamp(-5, 5)
-        where = torch.cat([where, F.one_hot(robot, config.robots).to(where)], dim=-1)
-        moved = torch.cat([velocity.clamp(-8, 8), actions], dim=-1)
+        where = torch.cat([self.normalize(proprio, robot).clamp(-5, 5), which], dim=-1)
+        obeyed = (actions * self.action_mask[robot][:, None]).flatten(1)
+        inputs = (state[:, self.config.proprio_dim : -1], obeyed, crop, where)
+        # Each member moves its own robots.
+        member = state[:, -1].long()
+        order = member.argsort(stable=True)
+        counts = member.bincount(minlength=len(self.members)).tolist()
+        parts = zip(*(value[order].split(counts) for value in inputs), strict=True)
+        moved = [one(*part) for one, part in zip(self.members, parts, strict=True) if len(part[0])]
+        motion, rest = (torch.cat(values)[order.argsort()] for values in zip(*moved, strict=True))
+        return torch.cat([proprio + motion * self.delta_std[robot], rest, state[:, -1:]], dim=-1)
 
+
+class _Member(nn.Module):
+    """The networks of one member of :class:`ProprioceptionModel`, with its arguments; the statistics are shared."""
+
+    def __init__(
+        self,
+        proprio_dim: int,
+        frame_stride: int,
+        action_dim: int,
+        robots: int,
+        velocity_dim: int,
+        hidden_dim: int,
+        width: int,
+        crop_size: int,
+    ) -> None:
+        super().__init__()
+        self.proprio_dim, self.velocity_dim = proprio_dim, velocity_dim
+        self.eyes = nn.Sequential(
+            nn.Conv2d(3, 24, 4, stride=4),
+            nn.SiLU(),
+            nn.Conv2d(24, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (crop_size // 4) ** 2, 64),
+            nn.SiLU(),
+            nn.Dropout(0.1),  # a scene is easily learned by heart
+        )
+        # The affine map from velocity and actions to motion and the next velocity.
+        chunk, rows = frame_stride * action_dim, proprio_dim + velocity_dim
+        self.where = nn.Sequential(
+            nn.Linear(proprio_dim + robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.to_map = nn.Linear(width, rows * (velocity_dim + chunk + 1))
+        nn.init.normal_(self.to_map.weight, std=0.01)
+        self.to_map.bias.data.copy_(_usual_map(proprio_dim, velocity_dim, frame_stride, action_dim).flatten())
+        # What it leaves out. Gated: what an action does depends on what is there.
+        self.encoder = nn.Linear(proprio_dim + robots + velocity_dim + chunk + 64, 2 * width)
+        self.cell = nn.GRUCell(width, hidden_dim)
+        self.correction = nn.Sequential(nn.Linear(width + hidden_dim, width), nn.SiLU(), nn.Linear(width, rows))
+        nn.init.zeros_(self.correction[-1].weight)
+        nn.init.zeros_(self.correction[-1].bias)
+
+    def forward(
+        self, hidden_state: torch.Tensor, actions: torch.Tensor, crop: torch.Tensor, where: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict one frame.
+
+        Args:
+            hidden_state: float (B, velocity_dim + hidden_dim). actions: float (B, frame_stride * action_dim).
+            crop: float (B, 3, crop_size, crop_size). where: float (B, proprio_dim + robots), standardised pose, slot.
+
+        Returns:
+            The change of the proprioception in units of one frame's usual change, float (B, proprio_dim), and the
+            velocity and memory after it, (B, velocity_dim + hidden_dim).
+        """
+        velocity, memory = hidden_state.tensor_split([self.velocity_dim], dim=-1)
+        moved = torch.cat([velocity.clamp(-8, 8), actions], dim=-1)
         affine = self.to_map(self.where(torch.cat([where, memory], dim=-1)))
-        affine = affine.unflatten(-1, (config.proprio_dim + config.velocity_dim, -1))
+        affine = affine.unflatten(-1, (self.proprio_dim + self.velocity_dim, -1))
         change = torch.baddbmm(affine[..., -1:], affine[..., :-1], moved[..., None])[..., 0]
-        value, gate = self.encoder(torch.cat([where, moved, seen], dim=-1)).chunk(2, dim=-1)
+        value, gate = self.encoder(torch.cat([where, moved, self.eyes(crop)], dim=-1)).chunk(2, dim=-1)
         hidden = value * F.silu(gate)
         memory = self.cell(hidden, memory)
         change = change + self.correction(torch.cat([hidden, memory], dim=-1))
-
-        motion, velocity = change.split([config.proprio_dim, config.velocity_dim], dim=-1)
-        return torch.cat([proprio + motion * self.delta_std[robot], velocity, memory], dim=-1)
+        motion, velocity = change.tensor_split([self.proprio_dim], dim=-1)
+        return motion, torch.cat([velocity, memory], dim=-1)
 
 
 def _usual_map(proprio_dim: int, velocity_dim: int, frame_stride: int, action_dim: int) -> torch.Tensor:

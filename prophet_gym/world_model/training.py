@@ -51,13 +51,17 @@ follow once more: the transformer has learned to go on from this one's frames (m
 IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
-_TINY_MODELS: dict[str, Any] = {"autoencoder": {}, "proprioception": {}, "transformer": {"memory": MEMORY}}
+_TINY_MODELS: dict[str, Any] = {
+    "autoencoder": {},
+    "proprioception": {"num_members": 6},
+    "transformer": {"memory": MEMORY},
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About two hours on two cores with bfloat16 units.
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
-        "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
+        "proprioception": {"steps": 2000, "batch_size": 64, "learning_rate": 2e-3},
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
@@ -86,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "encoder_blocks": (1, 2, 2),
                 "decoder_blocks": (2, 3, 3),
             },
-            "proprioception": {"hidden_dim": 256, "width": 384},
+            "proprioception": {"hidden_dim": 256, "width": 384, "num_members": 6},
             "transformer": {
                 "memory": MEMORY,
                 "conv_channels": 256,
@@ -116,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup_steps": 1000,
         },
         "models": {
-            "proprioception": {"hidden_dim": 256, "width": 384},
+            "proprioception": {"hidden_dim": 256, "width": 384, "num_members": 6},
             # 832 tokens of frames of 256 pixels; the paper has at most 1024.
             "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 8))},
         },
@@ -135,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "encoder_blocks": (0, 0, 0),
                 "decoder_blocks": (0, 0, 0),
             },
-            "proprioception": {"hidden_dim": 16, "width": 16},
+            "proprioception": {"hidden_dim": 16, "width": 16, "num_members": 2},
             "transformer": {
                 "latent_channels": 4,
                 "memory": ((2, 1, 2), (4, 2, 6)),
@@ -340,10 +344,13 @@ def finished_pipeline(out: Path, device: str) -> ProphetPipeline | None:
 def fit_proprioception(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
 ) -> None:
-    """The stage of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
+    """The stages of the members of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
     stage = dict(recipe["proprioception"])
-    loss_fn = proprioception_loss(pipeline, arrays, stage.pop("batch_size"))
-    fit("proprioception", pipeline.proprioception, loss_fn, out, seed=seed, **stage)
+    batch_size = stage.pop("batch_size")
+    for member in range(pipeline.num_members):
+        loss_fn = proprioception_loss(pipeline, arrays, batch_size, member=member)
+        model = pipeline.proprioception.member(member)
+        fit(f"proprioception-{member}", model, loss_fn, out, seed=seed + member, **stage)
 
 
 def fit_autoencoder(
