@@ -70,6 +70,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
         arguments.out,
         recipe=arguments.recipe,
         lora_rank=arguments.lora_rank,
+        num_members=arguments.members,
         seed=arguments.seed,
         device=arguments.device,
         cameras=camera_projections(datasets),
@@ -175,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument(
         "--recipe", default="adapt", help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)"
     )
+    adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="cpu")

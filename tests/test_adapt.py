@@ -127,7 +127,8 @@ def test_the_recipe_motion_trains_the_proprioception_alone(
     monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage | {"ema_decay": 0.9}})
     untrained = load(base)
     untrained.register_modules(proprioception=untrained.proprioception.untrained().eval())
-    adapted = adapt(load(base), new_world(4), new_world(2, seed=1), tmp_path / "out", recipe="motion")
+    adapted = adapt(load(base), new_world(8), new_world(2, seed=1), tmp_path / "out", recipe="motion", num_members=2)
+    assert adapted.num_members == 2 and load(tmp_path / "out" / "pipeline").num_members == 2
     assert losses(adapted)["proprioception"] < 0.9 * losses(untrained)["proprioception"]
     saved, old = load(tmp_path / "out" / "pipeline"), load(base)
     for part in ("vae", "transformer"):
@@ -249,6 +250,8 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pyt
         run(coarse, coarse, recipe="debug")
     with pytest.raises(ValueError, match="lora_rank must be at least 1, got 0"):
         run(arrays, arrays, recipe="debug", lora_rank=0)
+    with pytest.raises(ValueError, match=r"'debug' keeps the members of the proprioception: leave num_members out"):
+        run(arrays, arrays, recipe="debug", num_members=2)
     with pytest.raises(ValueError, match=r"'motion' does not train the transformer: leave lora_rank out"):
         run(arrays, arrays, recipe="motion", lora_rank=4)
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
@@ -472,6 +473,22 @@ def test_every_episode_is_one_members(fake: dict[str, Any]) -> None:
         envs.reset(options={"member": 3})
     with pytest.raises(ValueError, match="member"):
         envs.reset(options={"group_size": 3, "member": chosen})
+    with pytest.raises(ValueError, match="Unknown member -1"):
+        ProphetVectorEnv(num_envs=1, member=-1, **fake)
+
+
+def test_episodes_that_begin_by_themselves_are_drawn_members_or_the_chosen_one(fake: dict[str, Any]) -> None:
+    for member, seen in ((None, {0, 1, 2}), (1, {1})):
+        envs = ProphetVectorEnv(num_envs=4, autoreset_mode="SameStep", member=member, **fake)
+        _, infos = envs.reset(seed=0)
+        members, replayed = set(infos["member"].tolist()), []
+        state = envs.get_state()
+        for *_, infos in rollout(envs, 20):
+            members |= set(infos["member"].tolist())
+            replayed.append(infos["member"].tolist())
+        assert members == seen and any(now != replayed[0] for now in replayed) == (member is None)
+        envs.set_state(state)
+        assert [infos["member"].tolist() for *_, infos in rollout(envs, 20)] == replayed
 
 
 def test_a_user_start(fake: dict[str, Any]) -> None:
@@ -835,6 +852,15 @@ def test_damaged_weights_are_refused_by_name(
         error, message = ValueError, rf"weights file .*{weights[-1].name} is damaged or truncated"  # type: ignore[assignment]
     with pytest.raises(error, match=message):
         ProphetEnv(start_states=starts, **{**saved, kind: str(copy)})
+
+
+def test_weights_of_another_version_are_refused(starts: str, saved: dict[str, Any], tmp_path: Path) -> None:
+    pipeline = ProphetPipeline.from_pretrained(saved["world_model"])
+    pipeline.save_pretrained(tmp_path / "old")
+    (file,) = (tmp_path / "old" / "proprioception").glob("*.safetensors")
+    save_file({name.removeprefix("members.0."): value for name, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"lack weights of \['proprioception'\]: they were saved by another version"):
+        ProphetEnv(start_states=starts, **{**saved, "world_model": str(tmp_path / "old")})
 
 
 def test_a_folder_without_a_model(starts: str, saved: dict[str, Any], tmp_path: Path) -> None:

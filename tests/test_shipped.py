@@ -95,8 +95,9 @@ def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.Capture
     assert fagrpo_main(command) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
     # Another environment has no world model.
-    assert fagrpo_main([*command, "--env", "Pendulum-v1", "--out", str(tmp_path / "other")]) == 2
-    assert "unexpected keyword argument" in capsys.readouterr().err
+    other = ["train", command[1], "--env", "Pendulum-v1", "--num-envs", "8", "--out", str(tmp_path / "other")]
+    assert fagrpo_main([*other, "--world-model", "prophet-libero-tiny"]) == 2
+    assert "unexpected keyword argument 'world_model'" in capsys.readouterr().err
     # A policy that looks cannot be trained, or asked, there.
     command[1] = str(WEIGHTS / "flow-policy-libero")
     assert fagrpo_main([*command[:-3], str(tmp_path / "looking"), *command[-2:]]) == 2

@@ -1,5 +1,6 @@
 """Start states: the table on disk, drawing from it, a user's own start, and the options of reset()."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from prophet_gym.data.episode import Episode
 from prophet_gym.envs.start_states import (
@@ -42,6 +44,18 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     starts = [make_start(s, t, i) for s in ("libero_object", "libero_spatial") for t in range(3) for i in SPLIT_OF]
     write_start_states(starts, file)
     return file
+
+
+def test_a_table_of_png_images_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def png(image: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    monkeypatch.setattr("prophet_gym.envs.start_states._encode_image", png)
+    write_start_states([make_start()], tmp_path / "png.parquet")
+    start = StartStates(tmp_path / "png.parquet").draw(np.random.default_rng(0), suite="libero_object", split="train")
+    np.testing.assert_array_equal(start.image, make_start().image)
 
 
 def test_write_then_draw_is_lossless(path: Path) -> None:

@@ -45,7 +45,7 @@ from prophet_gym.world_model.losses import (
     transformer_loss,
 )
 from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
-from prophet_gym.world_model.training import camera_projection, check_validation, set_robots, train
+from prophet_gym.world_model.training import camera_projection, check_validation, fit_proprioception, set_robots, train
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,8 @@ def test_other_bad_input_is_refused(pipeline: ProphetPipeline) -> None:
         pipeline.init_state(proprio, torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"Members must be in 0 ... 0, got \[1\]"):
         pipeline.init_state(proprio, torch.tensor([1]))
+    with pytest.raises(ValueError, match="num_members must be at least 1, got 0"):
+        ProprioceptionModel(num_members=0)
     with pytest.raises(ValueError, match="at least 1"):
         pipeline.imagine(history, pipeline.init_state(proprio), actions, twice(images), SUITES[:1], None, 0)
     with pytest.raises(ValueError, match="one suite per episode, 1 in all"):
@@ -533,7 +535,7 @@ def test_each_robot_is_moved_by_its_member(members: list[int]) -> None:
 def test_a_member_alone_has_the_ensembles_own_weights() -> None:
     model = ensemble()
     alone = model.member(1)
-    assert alone.config.num_members == 1 and alone.state_dict().keys() == model.member(2).state_dict().keys()
+    assert alone.config.num_members == 1 and alone.proprio_mean is model.proprio_mean
     with torch.no_grad():
         for weight in alone.parameters():
             weight.zero_()
@@ -563,6 +565,55 @@ def test_no_member_learns_from_its_own_fold() -> None:
         for member in range(3)
     ]
     assert [bool(loss.isnan()) for loss in losses] == [True, False, True]
+
+
+def test_a_member_whose_fold_is_everything_learns_from_it() -> None:
+    arrays, pipeline = episodes(1), ProphetPipeline.tiny_random()
+    pipeline.register_modules(proprioception=ensemble())
+    (fold,) = episode_folds(arrays, 3).tolist()
+    loss, _ = proprioception_loss(pipeline, arrays, 4, member=fold)(0, torch.Generator().manual_seed(0))
+    assert loss.isfinite()
+
+
+def test_every_member_is_trained_and_a_kill_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = episodes(12)
+    stage = {"proprioception": {"steps": 40, "batch_size": 32, "learning_rate": 1e-2, "ema_decay": 0.9}}
+
+    def losses(pipeline: ProphetPipeline) -> list[float]:
+        with torch.no_grad():
+            every = [proprioception_loss(pipeline, arrays, 64, member=member) for member in range(3)]
+            return [float(loss(0, torch.Generator().manual_seed(0))[0]) for loss in every]
+
+    def run(out: Path) -> ProphetPipeline:
+        pipeline = ProphetPipeline.tiny_random()
+        pipeline.register_modules(proprioception=ProprioceptionModel(hidden_dim=8, width=16, num_members=3))
+        pipeline.proprioception.load_state_dict(begin)
+        set_robots(pipeline, arrays)
+        torch.manual_seed(0)  # of the dropout
+        fit_proprioception(pipeline, arrays, out, stage, seed=0)
+        return pipeline
+
+    begin = ProprioceptionModel(hidden_dim=8, width=16, num_members=3).state_dict()
+    untrained = ProphetPipeline.tiny_random()
+    untrained.register_modules(proprioception=ProprioceptionModel(hidden_dim=8, width=16, num_members=3).eval())
+    untrained.proprioception.load_state_dict(begin)
+    set_robots(untrained, arrays)
+    trained = run(tmp_path / "whole")
+    assert all(after < 0.9 * before for after, before in zip(losses(trained), losses(untrained), strict=True))
+
+    def killed(name: str, *args: object, **kwargs: object) -> None:
+        if name.endswith("1"):
+            raise KeyboardInterrupt
+        fit(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("prophet_gym.world_model.training.fit", killed)
+        run(tmp_path / "killed")
+    again = run(tmp_path / "killed")
+    weights = again.proprioception.members[0].state_dict()
+    for name, weight in trained.proprioception.members[0].state_dict().items():
+        assert torch.equal(weight, weights[name])
+    assert all(after < 0.9 * before for after, before in zip(losses(again), losses(untrained), strict=True))
 
 
 def test_recorded_episodes_are_imagined_by_the_member_that_has_not_learned_from_them() -> None:

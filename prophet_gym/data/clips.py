@@ -141,7 +141,7 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays,
 def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:
     """One of ``count`` folds for each episode, int64 (E,), for cross-fitting.
 
-    It is a checksum of the episode's actions: the same wherever, and beside whatever others, the episode is loaded.
+    It is a checksum of the episode's actions: the same beside whatever other episodes it is loaded.
     """
     ends = arrays.starts + arrays.lengths
     return torch.tensor(
@@ -185,7 +185,7 @@ class ClipSampler(Iterator[ClipIndices]):
     :param batch_size: windows per batch, >= 1.
     :param generator: a CPU generator; advanced at each batch.
     :param weights: float (N,), how often each frame is drawn as the present, relative to the others; None: uniformly.
-    :raises ValueError: a number is below 1, or every episode is too short.
+    :raises ValueError: a number is below 1, every episode is too short, or no window has a weight.
     """
 
     def __init__(
@@ -213,6 +213,8 @@ class ClipSampler(Iterator[ClipIndices]):
                 f"No episode has more than horizon = {horizon} frames, the longest has {int(arrays.lengths.max())}."
             )
         self._cumulated = (valid if weights is None else valid * weights.double()).cumsum(0, dtype=torch.float64)
+        if not self._cumulated[-1]:
+            raise ValueError("The weights of all windows are zero: nothing can be drawn.")
         self._offsets = torch.arange(1 - history, horizon + 1)
 
     def __next__(self) -> ClipIndices:

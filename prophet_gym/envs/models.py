@@ -145,8 +145,15 @@ def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPi
 
     _check_weights(path)
     pipeline = ProphetPipeline.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    if lacking := [name for name, part in parts.items() if any(weight.is_meta for weight in part.parameters())]:
+        raise ValueError(
+            f"The files of {path} lack weights of {lacking}: they were saved by another version of these models. Train "
+            "them again."
+        )
     pipeline.to(device)
-    # The proprioception stays in float32: bfloat16 would round it to millimetres.
+    # The proprioception works in float32, however it is stored: bfloat16 would round its poses to millimetres.
+    pipeline.proprioception.float()
     for part in (pipeline.vae, pipeline.transformer):
         # (`ModelMixin.to` would warn of modules to keep in float32: none.) Channels last is a third faster on a CPU.
         torch.nn.Module.to(part, dtype=dtype)

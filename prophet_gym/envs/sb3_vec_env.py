@@ -23,8 +23,8 @@ class ProphetVecEnv(VecEnv):
         venv = VecMonitor(ProphetVecEnv(envs), info_keywords=("is_success",))
 
     ``seed()`` and ``set_options()`` act at the next ``reset()`` and only there. Envs that get equal seeds have the same
-    start and the same noise; ``set_options({"group_size": G})`` gives groups of G neighbours one start and different
-    noise.
+    start, member and noise; ``set_options({"group_size": G})`` gives groups of G neighbours one start and member and
+    different noise.
 
     :param envs: must autoreset in the same step, as Stable-Baselines3 does.
     :raises TypeError: not a ProphetVectorEnv.

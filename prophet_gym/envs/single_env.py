@@ -63,8 +63,8 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     ``{"image": uint8 (S, S, 3) of any size S, "proprio": float (8,), "instruction": str}``, with `info["suite"]` then
     `"user"`, `task` and `init_state` -1.
 
-    What happens where the fingers touch something, Prophet can only guess, so it is an ensemble: one of its members
-    moves the robot for a whole episode. It is drawn too, or `options["member"]`, 0 to 5 with the shipped weights. The
+    What happens where the fingers touch something, Prophet can only guess, so it can be an ensemble (the shipped one
+    has a single member): one of its members moves the robot for a whole episode, drawn too, or given as `member`. The
     same seed and the same actions give the same video.
 
     ## Episode end
@@ -77,7 +77,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Arguments
     `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`,
-    `device`, `dtype`, `start_states`, `render_mode` and `video`: see :class:`ProphetVectorEnv`.
+    `device`, `dtype`, `start_states`, `member`, `render_mode` and `video`: see :class:`ProphetVectorEnv`.
 
     ```python
     >>> import gymnasium as gym
@@ -110,6 +110,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
         device: str = "auto",
         dtype: str = "auto",
         start_states: str | os.PathLike[str] | None = None,
+        member: int | None = None,
         render_mode: str | None = None,
         video: bool = True,
     ) -> None:
@@ -126,6 +127,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
             device=device,
             dtype=dtype,
             start_states=start_states,
+            member=member,
             autoreset_mode=AutoresetMode.DISABLED,
             render_mode=render_mode,
             video=video,

@@ -67,6 +67,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param dtype: of a world model given by name or path: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or
         ``"float16"``. Its proprioception and the reward model keep float32.
     :param start_states: parquet file of start states; None is the one in the wheel.
+    :param member: number of the member of the world model's ensemble that moves the robots; None draws one for each
+        episode.
     :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
     :param render_mode: None or ``"rgb_array"``.
     :param video: False: only the robot's motion is imagined, many times as fast, and the judge hears of it alone.
@@ -76,7 +78,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     nothing on them (an algorithm that waits for the last episodes of a batch). They repeat their observation with
     reward 0; their actions are not looked at.
 
-    :raises ValueError: an unknown suite, task, split, reward type, mode, device or dtype; damaged weights.
+    :raises ValueError: an unknown suite, task, split, member, reward type, mode, device or dtype; damaged weights.
     :raises FileNotFoundError: no such model or start states.
     """
 
@@ -101,6 +103,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         device: str = "auto",
         dtype: str = "auto",
         start_states: str | os.PathLike[str] | None = None,
+        member: int | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         video: bool = True,
@@ -129,6 +132,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self.start_states.tasks(suite, split)
         self.video = video
         self.world_model, self.reward_model = resolve_models(world_model, reward_model, device, dtype, video)
+        self.member = self._check_member(member)
         self.reward_type, self.max_chunks, self.num_sampling_steps = reward_type, max_chunks, num_sampling_steps
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -193,7 +197,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Begin new episodes.
 
         :param seed: an int (env i gets ``seed + i``), one int or None per env, or None: the random streams go on. Envs
-            with equal seeds get the same start and the same noise.
+            with equal seeds get the same start, member and noise.
         :param options: a dict, or a list with one dict of :class:`ProphetEnv`'s options per env. Of the dict
 
             - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed,
@@ -349,6 +353,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _choose_start(self, i: int, options: Mapping[str, Any]) -> tuple[StartState, int]:
         """The start of env i's next episode, and the member of the world model's ensemble that it belongs to."""
+        member = self._check_member(options.get("member"))
+        member = self.member if member is None else member
         if "start" in options:
             start = user_start(**options["start"], image_size=self.world_model.image_size)
         else:
@@ -359,12 +365,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             start = self.start_states.draw(
                 self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
             )
-        member, count = options.get("member"), self.world_model.num_members
         if member is None:
-            return start, int(self._member_rngs[i].integers(count))
-        if isinstance(member, bool) or member not in range(count):
+            member = int(self._member_rngs[i].integers(self.world_model.num_members))
+        return start, member
+
+    def _check_member(self, member: Any) -> int | None:
+        count = self.world_model.num_members
+        if member is not None and (type(member) is bool or member not in range(count)):
             raise ValueError(f"Unknown member {member!r}. Valid: None, which draws one, and {list(range(count))}.")
-        return start, int(member)
+        return None if member is None else int(member)
 
     def _begin(self, rows: NDArray[np.int64], chosen: Sequence[tuple[StartState, int]]) -> None:
         """Begin the episode ``chosen[k]`` in env ``rows[k]``, see :meth:`_choose_start`."""

@@ -22,7 +22,7 @@ from prophet_gym.world_model.training import (
 from prophet_gym.world_model.transformer import with_memory
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # A few episodes: half an hour on one core.
+    # A few episodes: a quarter of an hour on one core.
     "adapt": {
         "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 1e-3},
         "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 3e-4},
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on held-out episodes (docs/results.md).
-    "motion": {"anew": True, "proprioception": {"steps": 2000, "batch_size": 64, "learning_rate": 2e-3}},
+    "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},
@@ -61,6 +61,7 @@ def adapt(
     *,
     recipe: str = "adapt",
     lora_rank: int | None = None,
+    num_members: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     cameras: dict[str, list[list[float]]] | None = None,
@@ -78,6 +79,7 @@ def adapt(
         recipe: one of `RECIPES`.
         lora_rank: train low-rank adapters of the transformer instead of all its weights (extra `lora`). They are fused
             into the saved pipeline, which needs no peft, and lie beside it, in `out / STAGE-lora`.
+        num_members: of the proprioception, for a recipe that trains it anew; None: as many as it has.
         seed: of the batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`; they join the pipeline's own,
             in place of one of the same suite.
@@ -86,7 +88,8 @@ def adapt(
         The adapted pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, or episodes of another stride,
+        ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, num_members below 1 or where
+            no proprioception is trained anew, or episodes of another stride,
             size or robot state than the pipeline's, of more robots than it has slots, or of robots that do not agree
             with it, see `set_robots`.
         ImportError: lora_rank is given and peft is not installed.
@@ -97,6 +100,8 @@ def adapt(
         if "transformer" not in RECIPES[recipe]:
             raise ValueError(f"The recipe {recipe!r} does not train the transformer: leave lora_rank out.")
         check_lora(lora_rank)
+    if num_members is not None and not RECIPES[recipe].get("anew"):
+        raise ValueError(f"The recipe {recipe!r} keeps the members of the proprioception: leave num_members out.")
     config, out = pipeline.proprioception.config, Path(out)
     expected = {
         "frames": (pipeline.image_size, pipeline.image_size, 3),
@@ -118,7 +123,7 @@ def adapt(
         if "memory" in stages and not pipeline.transformer.config.memory:
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
         if stages.get("anew"):
-            pipeline.register_modules(proprioception=pipeline.proprioception.untrained().to(device))
+            pipeline.register_modules(proprioception=pipeline.proprioception.untrained(num_members).to(device))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
     if "transformer" in stages:
         latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)

@@ -29,12 +29,12 @@ def proprioception_loss(
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
     true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
 
-    Of M > 1 members, each learns from all folds of the episodes but its own, see `episode_folds`: the members differ,
-    and every episode can be imagined by one that errs on it as on a new one.
+    Each member learns from all folds of the episodes but its own, see `episode_folds` (from all, if there are no
+    others): the members differ, and every episode can be imagined by one that has not learned from it.
     """
     frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception.member(member)
-    folds = episode_folds(arrays, pipeline.num_members)
-    learned = ((folds != member) | (pipeline.num_members == 1)).repeat_interleave(arrays.lengths)
+    others = episode_folds(arrays, pipeline.num_members) != member
+    learned = (others | ~others.any()).repeat_interleave(arrays.lengths)
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
 

@@ -22,8 +22,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     correct its belief by them would be misled.
 
     Where a grasp is close, what happens cannot be known from a picture, only guessed; a policy that is rewarded for
-    what one model guesses soon plays for its errors. So the model is an ensemble: members with weights of their own, of
-    which one moves a robot for a whole episode (the TS-infinity sampling of Chua et al. 2018, arXiv 1805.12114).
+    what one model guesses soon plays for its errors. So the model can be an ensemble: members with weights of their
+    own, of which one moves a robot for a whole episode (the TS-infinity sampling of Chua et al. 2018, arXiv
+    1805.12114).
 
     The state of a robot is its proprioception, its velocity, a memory and the number of its member, float (B,
     proprio_dim + velocity_dim + hidden_dim + 1).
@@ -58,8 +59,21 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         num_members: int = 1,
     ) -> None:
         super().__init__()
-        sizes = (proprio_dim, frame_stride, action_dim, robots, velocity_dim, hidden_dim, width, crop_size)
-        self.members = nn.ModuleList(_Member(*sizes) for _ in range(num_members))
+        if num_members < 1:
+            raise ValueError(f"num_members must be at least 1, got {num_members}.")
+        self.members = nn.ModuleList(
+            _Member(
+                proprio_dim=proprio_dim,
+                frame_stride=frame_stride,
+                action_dim=action_dim,
+                robots=robots,
+                velocity_dim=velocity_dim,
+                hidden_dim=hidden_dim,
+                width=width,
+                crop_size=crop_size,
+            )
+            for _ in range(num_members)
+        )
         # Statistics of the training data, for each robot; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(robots, proprio_dim))
         self.register_buffer("proprio_std", torch.ones(robots, proprio_dim))
@@ -80,9 +94,11 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             alone.register_buffer(name, statistics)
         return alone
 
-    def untrained(self) -> "ProprioceptionModel":
-        """A model of the same configuration and statistics with random weights, on the CPU."""
-        fresh = type(self).from_config(self.config)
+    def untrained(self, num_members: int | None = None) -> "ProprioceptionModel":
+        """A model of the same configuration and statistics with random weights, on the CPU; of so many members, or of
+        as many."""
+        count = self.config.num_members if num_members is None else num_members
+        fresh = type(self).from_config(self.config, num_members=count)
         for name, statistics in self.named_buffers():
             fresh.get_buffer(name).copy_(statistics)
         return fresh
@@ -131,12 +147,12 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         obeyed = (actions * self.action_mask[robot][:, None]).flatten(1)
         inputs = (state[:, self.config.proprio_dim : -1], obeyed, crop, where)
         # Each member moves its own robots.
-        member = state[:, -1].long()
-        order = member.argsort(stable=True)
-        counts = member.bincount(minlength=len(self.members)).tolist()
+        members = state[:, -1].long()
+        order = members.argsort(stable=True)
+        counts = members.bincount(minlength=len(self.members)).tolist()
         parts = zip(*(value[order].split(counts) for value in inputs), strict=True)
-        moved = [one(*part) for one, part in zip(self.members, parts, strict=True) if len(part[0])]
-        motion, rest = (torch.cat(values)[order.argsort()] for values in zip(*moved, strict=True))
+        outputs = [member(*part) for member, part in zip(self.members, parts, strict=True) if len(part[0])]
+        motion, rest = (torch.cat(values)[order.argsort()] for values in zip(*outputs, strict=True))
         return torch.cat([proprio + motion * self.delta_std[robot], rest, state[:, -1:]], dim=-1)
 
 
@@ -145,6 +161,7 @@ class _Member(nn.Module):
 
     def __init__(
         self,
+        *,
         proprio_dim: int,
         frame_stride: int,
         action_dim: int,

@@ -53,7 +53,7 @@ IMAGINED_EPISODES = 1000
 
 _TINY_MODELS: dict[str, Any] = {
     "autoencoder": {},
-    "proprioception": {"num_members": 6},
+    "proprioception": {},
     "transformer": {"memory": MEMORY},
 }
 
@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # About two hours on two cores with bfloat16 units.
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
-        "proprioception": {"steps": 2000, "batch_size": 64, "learning_rate": 2e-3},
+        "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "encoder_blocks": (1, 2, 2),
                 "decoder_blocks": (2, 3, 3),
             },
-            "proprioception": {"hidden_dim": 256, "width": 384, "num_members": 6},
+            "proprioception": {"hidden_dim": 256, "width": 384},
             "transformer": {
                 "memory": MEMORY,
                 "conv_channels": 256,
@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup_steps": 1000,
         },
         "models": {
-            "proprioception": {"hidden_dim": 256, "width": 384, "num_members": 6},
+            "proprioception": {"hidden_dim": 256, "width": 384},
             # 832 tokens of frames of 256 pixels; the paper has at most 1024.
             "transformer": {"memory": ((2, 1, 2), (4, 1, 4), (12, 3, 8))},
         },
@@ -350,7 +350,7 @@ def fit_proprioception(
     for member in range(pipeline.num_members):
         loss_fn = proprioception_loss(pipeline, arrays, batch_size, member=member)
         model = pipeline.proprioception.member(member)
-        fit(f"proprioception-{member}", model, loss_fn, out, seed=seed + member, **stage)
+        fit(f"proprioception-{member}", model, loss_fn, out, seed=seed * pipeline.num_members + member, **stage)
 
 
 def fit_autoencoder(
