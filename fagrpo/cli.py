@@ -144,7 +144,7 @@ def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[
             makers: list[Callable[[], gym.Env]] = [lambda: gym.make(env_id, **env_kwargs) for _ in range(num_envs)]
             venv = DummyVecEnv(makers)
     except TypeError as error:
-        if not any(f"unexpected keyword argument '{name}'" in str(error) for name in env_kwargs):
+        if not any(f"unexpected keyword argument '{one}'" in str(error) for one in env_kwargs):
             raise
         raise ValueError(f"{env_id} does not take all of the arguments {env_kwargs}: {error}") from error
     venv = VecMonitor(venv)

@@ -89,9 +89,8 @@ def adapt(
 
     Raises:
         ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, num_members below 1 or where
-            no proprioception is trained anew, or episodes of another stride,
-            size or robot state than the pipeline's, of more robots than it has slots, or of robots that do not agree
-            with it, see `set_robots`.
+            no proprioception is trained anew, or episodes of another stride, size or robot state than the pipeline's,
+            of more robots than it has slots, or of robots that do not agree with it, see `set_robots`.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:

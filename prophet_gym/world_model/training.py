@@ -51,11 +51,7 @@ follow once more: the transformer has learned to go on from this one's frames (m
 IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
 
-_TINY_MODELS: dict[str, Any] = {
-    "autoencoder": {},
-    "proprioception": {},
-    "transformer": {"memory": MEMORY},
-}
+_TINY_MODELS: dict[str, Any] = {"autoencoder": {}, "proprioception": {}, "transformer": {"memory": MEMORY}}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About two hours on two cores with bfloat16 units.
