@@ -61,12 +61,15 @@ def _adapt(arguments: argparse.Namespace) -> None:
     from prophet_gym.world_model.training import camera_projections
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    video = arguments.recipe != "motion"
-    episodes, _ = subset(load_arrays(datasets, "train", video=video), arguments.episodes, arguments.seed)
+    pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
+    train, val = (
+        load_arrays(datasets, split, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
+        for split in ("train", "val")
+    )
     adapt(
-        copy.deepcopy(load_world_model(arguments.checkpoint, "cpu")),
-        episodes,
-        load_arrays(datasets, "val", video=video),
+        pipeline,
+        subset(train, arguments.episodes, arguments.seed)[0],
+        val,
         arguments.out,
         recipe=arguments.recipe,
         lora_rank=arguments.lora_rank,
@@ -78,6 +81,8 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 
 def _train_reward(arguments: argparse.Namespace) -> None:
+    from functools import partial
+
     from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_reward_model, load_world_model
@@ -85,13 +90,14 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    train, val = load_arrays(datasets, "train"), load_arrays(datasets, "val")
+    pipeline = None if arguments.world_model is None else load_world_model(arguments.world_model, arguments.device)
+    load = partial(load_arrays, num_arms=None if pipeline is None else pipeline.num_arms)
+    train, val = load(datasets, "train"), load(datasets, "val")
     recorded = [train]
     if arguments.motion:
-        recorded.append(load_arrays([EpisodeDataset(path) for path in arguments.motion], "train", video=False))
+        recorded.append(load([EpisodeDataset(path) for path in arguments.motion], "train", video=False))
     motion = [without_pictures(arrays) for arrays in recorded]
-    if arguments.world_model is not None:
-        pipeline = load_world_model(arguments.world_model, arguments.device)
+    if pipeline is not None:
         motion += [imagine_motions(pipeline, arrays) for arrays in recorded]
         imagined, val = (
             imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
@@ -131,7 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     record = commands.add_parser("record", help="record episodes of a real simulator as a LeRobot v3 data set")
     record.add_argument(
-        "--suite", required=True, help="libero_object, libero_spatial, libero_goal, libero_10, metaworld or fetch"
+        "--suite",
+        required=True,
+        help="libero_object, libero_spatial, libero_goal, libero_10, metaworld, fetch or two_arm_lift",
     )
     record.add_argument("--episodes", type=int, default=500)
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")

@@ -417,7 +417,7 @@ def test_reader_refuses_other_formats(tmp_path: Path) -> None:
     dataset = write_all(tmp_path)
     features = dataset.info["features"]
     edit_info(tmp_path, features=features | {"action": {"dtype": "float32", "shape": [6], "names": None}})
-    with pytest.raises(ValueError, match=r"'action' of shape \[6\], expected \[28\]"):
+    with pytest.raises(ValueError, match=r"of shapes \[\[6\], \[8\]\], expected \[\[28\], \[8\]\]"):
         EpisodeDataset(tmp_path)
     edit_info(tmp_path, features=features | {"observation.images.wrist": {"dtype": "image", "shape": [1, 1, 3]}})
     with pytest.raises(ValueError, match="pass one as image_key"):

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from prophet_gym.data.episode import SEED_SPLITS, SPLITS
 from prophet_gym.data.instructions import TABLE
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.simulators import fetch, metaworld
+from prophet_gym.simulators import fetch, metaworld, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
 from prophet_gym.simulators.experts.noise import ActionNoise, RandomMotion, point_in_disc
-from prophet_gym.simulators.experts.rehearsal import disturbed
+from prophet_gym.simulators.experts.rehearsal import Rehearsal, Rehearsed, disturbed
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
 from prophet_gym.simulators.recording import EpisodePlan, check_resumed, plan_episodes, record, record_episode
 from prophet_gym.simulators.suites import SUITES
@@ -257,7 +257,7 @@ def test_plans_of_the_recordings_that_were_trained_on_stay_as_they_are():
         assert hashlib.sha256(repr(plans).encode()).hexdigest()[:16] == digest
 
 
-@pytest.mark.parametrize("suite", ["metaworld", "fetch"])
+@pytest.mark.parametrize("suite", ["metaworld", "fetch", "two_arm_lift"])
 def test_plans_for_other_robots_split_by_seed(suite):
     tasks = len(SUITES[suite].tasks)
     plans = plan_episodes(suite, 40 * tasks, seed=0)
@@ -425,6 +425,63 @@ def test_a_rehearsed_expert_releases_early():
     assert (grip > 0).any() and grip[-1] == -1.0 and (np.diff(grip) != 0).sum() == 2
 
 
+@dataclass
+class Hands:
+    """Two hands that move 1 cm per unit of action: where they are (6,), m."""
+
+    eef_position: np.ndarray = field(default_factory=lambda: np.zeros(6))
+
+    def step(self, action):
+        self.eef_position = self.eef_position + 0.01 * np.concatenate([action[:3], action[7:10]])
+
+
+def two_handed(recipe, seed):
+    """What an expert does that rehearsed 80 steps: both hands rise 5 mm a step and close, one in step 20, the other in
+    step 30."""
+    actions = np.zeros((80, 14))
+    actions[:, [2, 9]], actions[:, [6, 13]] = 0.5, -1.0
+    actions[20:, 6] = actions[30:, 13] = 1.0
+    positions = np.cumsum(np.tile([0.0, 0.0, 0.005], (80, 2)), axis=0) - np.tile([0.0, 0.0, 0.005], 2)
+    hands = Hands()
+    expert = Rehearsed(hands, Rehearsal(actions, positions), recipe, np.random.default_rng(seed))
+    done, path = [], []
+    for _ in range(80):
+        path.append(hands.eef_position)
+        done.append(expert.act())
+        hands.step(done[-1])
+    return actions, np.array(done), np.array(path) - positions
+
+
+def test_two_arms_rehearse_together_without_noise():
+    rehearsed, done, error = two_handed(NoiseRecipe(), 0)
+    assert done.dtype == np.float32 and np.allclose(done, rehearsed, atol=1e-6) and np.abs(error).max() < 1e-6
+
+
+def test_each_of_two_arms_has_errors_of_its_own():
+    _, done, error = two_handed(NoiseRecipe(grasp_offset=0.03, place_offset=0.05), 1)
+    before, after = error[19].reshape(2, 3), error[-1].reshape(2, 3)
+    assert not np.allclose(before[0], before[1], atol=1e-3)
+    assert (np.linalg.norm(before, axis=1) < 0.031).all() and (np.linalg.norm(after - before, axis=1) < 0.051).all()
+    late = error[36].reshape(2, 3)
+    assert not np.allclose(late[0], before[0], atol=1e-3), "the first one has closed its hand"
+    assert np.allclose(late[1], before[1], atol=1e-3), "the second one has not"
+    assert np.array_equal(done[:, [6, 13]] > 0, np.arange(80)[:, None] >= [20, 30])
+    noise = two_handed(NoiseRecipe(action_sigma=0.1), 2)[1] - done
+    assert np.abs(np.corrcoef(noise[40:, 0], noise[40:, 7])[0, 1]) < 0.6
+
+
+def test_one_arm_may_let_go_without_the_other():
+    released = [tuple(two_handed(NoiseRecipe(early_release=0.5), seed)[1][-1, [6, 13]]) for seed in range(40)]
+    assert set(released) == {(1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)}
+
+
+def test_random_motion_moves_as_many_arms_as_are_observed():
+    for arms in (1, 2):
+        chunk, _ = RandomMotion().predict({"proprio": np.zeros((3, 8 * arms), np.float32)})
+        assert chunk.shape == (3, 8, 7 * arms) and chunk.dtype == np.float32
+        assert set(np.unique(chunk[..., 6::7])) <= {-1.0, 1.0} and np.ptp(chunk, axis=1).max() == 0.0
+
+
 @pytest.mark.parametrize("recipe", [*NOISE_RECIPES, "elsewhere", "policy"])
 def test_an_episode_of_another_robot_is_recorded_whole_and_moves_only_what_the_robot_has(recipe):
     plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe=recipe, jitter=False, seed=1)
@@ -453,7 +510,7 @@ def test_the_instructions_of_other_robots_are_in_the_shipped_table():
     """So that nobody who trains on them needs the sentence encoder."""
     with safe_open(TABLE, framework="numpy") as file:
         shipped = json.loads(file.metadata()["sentences"])
-    tasks = [*metaworld.TASKS.values(), *fetch.TASKS.values()]
+    tasks = [*metaworld.TASKS.values(), *fetch.TASKS.values(), *two_arm.TASKS]
     assert set(tasks) <= set(shipped)
     assert len(set(tasks)) == len(tasks), "two tasks with one instruction cannot be told apart"
 
@@ -463,6 +520,7 @@ def test_the_instructions_of_other_robots_are_in_the_shipped_table():
     [
         (metaworld.MetaWorldSimulation, "metaworld", "metaworld"),
         (fetch.FetchSimulation, "gymnasium_robotics", "fetch"),
+        (two_arm.TwoArmSimulation, "robosuite", "libero"),
     ],
 )
 def test_a_missing_simulator_names_its_extra(monkeypatch, simulation, package, extra):

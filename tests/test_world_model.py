@@ -474,7 +474,7 @@ def test_every_stage_learns(tmp_path: Path) -> None:
     proprioception.delta_std[:, 6:] = 0.005
     transformer = ProphetTransformer3DModel(**TINY)
     whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
-    cameras = torch.zeros(16, 3, 4)
+    cameras = torch.zeros(16, 1, 3, 4)
 
     def improvement(module: torch.nn.Module, loss_fn: object, steps: int, rate: float) -> float:
         def loss() -> float:
@@ -517,7 +517,7 @@ def ensemble() -> ProprioceptionModel:
 def test_each_robot_is_moved_by_its_member(members: list[int]) -> None:
     """Whatever the others of the batch are moved by, and for as many frames as it likes."""
     model, count = ensemble(), len(members)
-    start, projection = torch.rand(count, 3, 96, 96), torch.rand(count, 3, 4)
+    start, projection = torch.rand(count, 3, 96, 96), torch.rand(count, 1, 3, 4)
     robot, actions = torch.zeros(count, dtype=torch.int64), torch.rand(2, count, 4, 7)
     with torch.inference_mode():
         states = [model.init_state(torch.rand(count, 8), torch.tensor(members))]
@@ -689,8 +689,8 @@ def test_action_frames_draw_the_pose_where_the_camera_sees_it() -> None:
     """A camera at the origin that looks along z: x / z and y / z times the focal length, from the middle."""
     projection = torch.tensor([[[100.0, 0, 48, 0], [0, 100, 48, 0], [0, 0, 1, 0]]])
     proprio = torch.tensor([[0.2, -0.1, 1.0, torch.pi, 0, 0, 0.04, -0.04], [0.0, 0.0, 1.0, 0, 0, 0, 0.0, 0.0]])
-    assert not draw_action_frames(proprio[None], torch.zeros(1, 3, 4), 96).any()
-    frames = draw_action_frames(proprio[None], projection, 96)[0]
+    assert not draw_action_frames(proprio[None], torch.zeros(1, 1, 3, 4), 96).any()
+    frames = draw_action_frames(proprio[None], projection[:, None], 96)[0]
     assert frames.shape == (2, 3, 48, 48) and frames.min() >= 0 and frames.max() <= 1
     row, column = divmod(int(frames[0].sum(0).argmax()), 48)
     assert abs(2 * row + 1 - 38) <= 1 and abs(2 * column + 1 - 68) <= 1
@@ -771,8 +771,8 @@ def test_holds_of_recorded_episodes_are_those_of_their_frames() -> None:
 def test_looking_around_shows_what_is_at_the_hand() -> None:
     image = torch.zeros(2, 3, 96, 96)
     image[..., 27:29, 57:59] = 1.0
-    position = torch.tensor([[0.1, -0.2, 1.0], [0.1, -0.2, 1.0]])
-    crops = look_around(image, position, torch.cat([CAMERA, torch.zeros(1, 3, 4)]), 8)
+    proprio = torch.tensor([[0.1, -0.2, 1.0, 0, 0, 0, 0, 0]]).repeat(2, 1)
+    crops = look_around(image, proprio, torch.cat([CAMERA, torch.zeros(1, 3, 4)])[:, None], 8)
     assert crops.shape == (2, 3, 8, 8) and not crops[1].any()
     row, column = divmod(int(crops[0, 0].argmax()), 8)
     assert row in (3, 4) and column in (3, 4)

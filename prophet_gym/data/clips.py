@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prophet_gym.data.episode import ACTION_DIM, GRIPPERS, PROPRIO_DIM
 from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, check_video
 
 
@@ -18,8 +19,8 @@ class EpisodeArrays:
     """Many episodes end to end; row n of every tensor belongs to frame n.
 
     :param frames: uint8 (N, H, W, 3), upright RGB.
-    :param proprio: float32 (N, 8), metres and radians as in ``Episode.proprio``.
-    :param actions: float32 (N, frame_stride, 7), executed between frame n and n + 1. Rows at the last frame of an
+    :param proprio: float32 (N, 8 K), metres and radians as in ``Episode.proprio``; zeros for arms that a robot lacks.
+    :param actions: float32 (N, frame_stride, 7 K), executed between frame n and n + 1. Rows at the last frame of an
         episode are no-ops (zero motion, the last gripper command) and belong to no step.
     :param success: bool (N,), the simulator's verdict at each frame.
     :param starts: int64 (E,), the row of each episode's first frame.
@@ -41,6 +42,7 @@ def load_arrays(
     split: str | None,
     *,
     video: bool = True,
+    num_arms: int | None = None,
     num_threads: int = 2,
     progress: bool = True,
 ) -> EpisodeArrays:
@@ -49,10 +51,11 @@ def load_arrays(
     :param datasets: where the episodes are: one data set, or several of the same frame rate, stride and size.
     :param split: ``"train"``, ``"val"``, ``"test"``, or ``None`` for all that the data sets hold.
     :param video: whether all must have been recorded with video; the motion can do without.
+    :param num_arms: K, arms that the arrays have room for; None: as many as the data sets' robots have at most.
     :param num_threads: episodes decoded at a time.
     :param progress: show a progress bar.
-    :raises ValueError: the split does not exist or is empty, the episodes differ in frame rate, stride or size, or a
-        data set has no video.
+    :raises ValueError: the split does not exist or is empty, the episodes differ in frame rate, stride or size, a data
+        set has no video, or a robot has more arms than ``num_arms``.
     """
     given = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
     if video:
@@ -60,6 +63,12 @@ def load_arrays(
     rates = {str(dataset.root): (dataset.fps, dataset.frame_stride) for dataset in given}
     if len(set(rates.values())) > 1:
         raise ValueError(f"The data sets must have the same (fps, frame_stride), got {rates}: load them separately.")
+    arms = max(dataset.num_arms for dataset in given)
+    if num_arms is not None and arms > num_arms:
+        raise ValueError(
+            f"{[str(dataset.root) for dataset in given if dataset.num_arms > num_arms]} are of robots of {arms} arms, "
+            f"and there is room for {num_arms}: train a world model on them (`prophet train`)."
+        )
     chosen = given if split is None else [dataset.select(split=split) for dataset in given]
     sources = [(dataset, index) for dataset in chosen for index in range(len(dataset))]
     if not sources:
@@ -70,8 +79,8 @@ def load_arrays(
     total = int(lengths.sum())
     first = sources[0][0][sources[0][1]]
     frames = np.empty((total, *first.frames.shape[1:]), np.uint8)
-    proprio = np.empty((total, first.proprio.shape[1]), np.float32)
-    actions = np.zeros((total, *first.actions.shape[1:]), np.float32)
+    proprio = np.zeros((total, (num_arms or arms) * PROPRIO_DIM), np.float32)
+    actions = np.zeros((total, first.frame_stride, (num_arms or arms) * ACTION_DIM), np.float32)
     success = np.empty(total, np.bool_)
 
     def load(number: int) -> None:
@@ -84,9 +93,10 @@ def load_arrays(
             )
         rows = slice(starts[number], starts[number] + lengths[number])
         frames[rows] = episode.frames
-        proprio[rows] = episode.proprio
-        actions[rows][:-1] = episode.actions
-        actions[rows][-1, :, -1] = episode.actions[-1, -1, -1]
+        own = episode.actions.shape[2]
+        proprio[rows, : episode.proprio.shape[1]] = episode.proprio
+        actions[rows][:-1, :, :own] = episode.actions
+        actions[rows][-1, :, :own][:, GRIPPERS] = episode.actions[-1, -1, GRIPPERS]
         success[rows] = episode.success
 
     with ThreadPoolExecutor(num_threads) as pool:
@@ -158,7 +168,7 @@ class ClipIndices:
 
     :param rows: int64 (B, history + horizon), frames in order of time; before an episode's beginning its first frame is
         repeated. Column ``history - 1`` is the present; ``arrays.actions[rows[:, history - 1 : -1]]`` are the actions
-        from there, (B, horizon, frame_stride, 7).
+        from there, (B, horizon, frame_stride, 7 K).
     :param first_rows: int64 (B,), the first frame of each window's episode.
     :param episodes: int64 (B,), index of each window's episode in ``arrays.records``.
     """

@@ -13,7 +13,11 @@ SEED_SPLITS = {"train": range(0, 8000), "val": range(8000, 9000), "test": range(
 """The seeds that starts are drawn from in simulators without official initial states, by split."""
 KINDS = ("clean", "noisy", "counterfactual", "policy")
 ACTION_DIM = 7
+"""Numbers in a low-level action, for each arm."""
 PROPRIO_DIM = 8
+"""Numbers of proprioception, for each arm."""
+GRIPPERS = slice(ACTION_DIM - 1, None, ACTION_DIM)
+"""Which numbers of an action are the grippers' commands, one for each arm."""
 PROPRIO_BOUND = 10.0
 """Bound of the proprioception space in metres and radians: far beyond the reach of the arm."""
 ORIENTATIONS = ("upright", "upside_down", "mirrored", "rotated_180")
@@ -25,7 +29,7 @@ class Policy(Protocol):
     """Anything with Stable-Baselines3's `predict`."""
 
     def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[NDArray[np.float32], Any]:
-        """Map batched observations to batched actions (B, chunk, 7)."""
+        """Map batched observations to batched actions (B, chunk, 7 an arm)."""
         ...
 
 
@@ -36,11 +40,11 @@ class Episode:
     The arrays are checked, never converted: a wrong shape, dtype or range raises.
 
     :param frames: uint8 (T + 1, H, W, 3), upright RGB. Frame 0 is the start, before any action.
-    :param proprio: float32 (T + 1, 8) at the frames: end-effector position (3, metres, world), orientation as
-        axis-angle (3, radians), gripper finger positions (2, metres).
-    :param actions: float32 (T, frame_stride, 7) in [-1, 1], LIBERO's OSC_POSE convention (delta xyz, delta rotation,
-        gripper: -1 opens, +1 closes); zeros where the robot obeys none. ``actions[k]`` are executed between frame k
-        and frame k + 1.
+    :param proprio: float32 (T + 1, 8 K) at the frames, for each of the robot's K arms in turn: end-effector position
+        (3, metres, world), orientation as axis-angle (3, radians), gripper finger positions (2, metres).
+    :param actions: float32 (T, frame_stride, 7 K) in [-1, 1], for each arm in turn, LIBERO's OSC_POSE convention (delta
+        xyz, delta rotation, gripper: -1 opens, +1 closes); zeros where the robot obeys none. ``actions[k]`` are
+        executed between frame k and frame k + 1.
     :param success: bool (T + 1,), the simulator's verdict at each frame (it may toggle back).
     :param instruction: the task in words.
     :param suite: name of the task suite, e.g. ``"libero_object"``.
@@ -81,9 +85,10 @@ class Episode:
                 raise TypeError(
                     f"Episode.{name} must be a numpy array of {np.dtype(dtype)}, got {got}: convert it first."
                 )
-        if self.actions.ndim != 3 or self.actions.shape[2] != ACTION_DIM or 0 in self.actions.shape:
+        if self.actions.ndim != 3 or self.actions.shape[2] % ACTION_DIM or 0 in self.actions.shape:
             raise ValueError(
-                f"Episode.actions must have shape (T >= 1, frame_stride >= 1, {ACTION_DIM}), got {self.actions.shape}."
+                f"Episode.actions must have shape (T >= 1, frame_stride >= 1, {ACTION_DIM} an arm), got "
+                f"{self.actions.shape}."
             )
         count = len(self.actions) + 1
         if (
@@ -96,8 +101,10 @@ class Episode:
                 f"Episode.frames must have shape (T + 1 = {count}, H, W, 3) for T = {count - 1} rows of actions, "
                 f"got {self.frames.shape}."
             )
-        if self.proprio.shape != (count, PROPRIO_DIM):
-            raise ValueError(f"Episode.proprio must have shape ({count}, {PROPRIO_DIM}), got {self.proprio.shape}.")
+        if self.proprio.shape != (count, PROPRIO_DIM * self.num_arms):
+            raise ValueError(
+                f"Episode.proprio must have shape ({count}, {PROPRIO_DIM * self.num_arms}), got {self.proprio.shape}."
+            )
         if self.success.shape != (count,):
             raise ValueError(f"Episode.success must have shape ({count},), got {self.success.shape}.")
         if not np.isfinite(self.proprio).all():
@@ -135,6 +142,11 @@ class Episode:
         return int(self.actions.shape[1])
 
     @property
+    def num_arms(self) -> int:
+        """The number K of the robot's arms."""
+        return int(self.actions.shape[2]) // ACTION_DIM
+
+    @property
     def outcome(self) -> bool:
         """Whether the task stands solved at the last frame."""
         return bool(self.success[-1])
@@ -160,9 +172,14 @@ class Episode:
             self,
             frames=self.frames[first::factor],
             proprio=self.proprio[first::factor],
-            actions=self.actions[first:].reshape(steps, frame_stride, ACTION_DIM),
+            actions=self.actions[first:].reshape(steps, frame_stride, -1),
             success=self.success[first::factor],
         )
+
+
+def finger_openings(proprio: Any) -> Any:
+    """Distance of each arm's finger tips, metres: (..., K) of proprioception (..., 8 K), array or tensor."""
+    return proprio[..., PROPRIO_DIM - 2 :: PROPRIO_DIM] - proprio[..., PROPRIO_DIM - 1 :: PROPRIO_DIM]
 
 
 def to_upright(frames: NDArray[np.uint8], orientation: str) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ _SCHEMA = pa.schema(
         ("instruction", pa.string()),
         ("init_state", pa.int32()),
         ("split", pa.string()),
-        ("proprio", pa.list_(pa.float32(), PROPRIO_DIM)),
+        ("proprio", pa.list_(pa.float32())),
         ("image", pa.binary()),
     ]
 )
@@ -50,8 +50,8 @@ class StartState:
     :param instruction: the task in words.
     :param init_state: index of the initial state; -1 for a user's start.
     :param split: ``"train"``, ``"val"`` or ``"test"``; ``"user"`` for a start that the user gave.
-    :param proprio: float32 (8,): end-effector position (3, metres, world), orientation as axis-angle (3, radians),
-        gripper finger positions (2, metres).
+    :param proprio: float32 (8 K,), for each of the robot's K arms in turn: end-effector position (3, metres, world),
+        orientation as axis-angle (3, radians), gripper finger positions (2, metres).
     :param image: uint8 (H, W, 3), upright RGB.
     """
 
@@ -208,7 +208,7 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
     bicubically when smaller, and unchanged when equal. Nothing is ever cropped.
 
     :param image: uint8 (S, S, 3), upright RGB, the view of the training camera.
-    :param proprio: float (8,), as :class:`StartState`.
+    :param proprio: float (8 K,), as :class:`StartState`.
     :param instruction: the task in words.
     :param image_size: pixels per side of the world model's frames.
     :raises TypeError: the image is not uint8, or the instruction not a str.
@@ -233,10 +233,11 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
         method = Image.Resampling.BOX if height > image_size else Image.Resampling.BICUBIC
         pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((image_size, image_size), method))
     state = np.asarray(proprio)
-    if state.shape != (PROPRIO_DIM,) or not np.issubdtype(state.dtype, np.floating):
+    if not _is_proprio(state) or not np.issubdtype(state.dtype, np.floating):
         raise ValueError(
-            f"start['proprio'] must be a float array of shape ({PROPRIO_DIM},) per env: end-effector position (3, m), "
-            f"axis-angle (3, rad), gripper fingers (2, m). Got {state.dtype} {state.shape}."
+            f"start['proprio'] must be a float array of shape ({PROPRIO_DIM},) per env, or as often again for each "
+            "further arm: end-effector position (3, m), axis-angle (3, rad), gripper fingers (2, m). Got "
+            f"{state.dtype} {state.shape}."
         )
     if not np.isfinite(state).all():
         raise ValueError(f"start['proprio'] must be finite, got {state}.")
@@ -245,6 +246,11 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
     if not instruction.strip():
         raise ValueError("start['instruction'] must not be empty: say what the robot is to do.")
     return StartState(USER_SUITE, -1, USER_SUITE, instruction, -1, USER_SUITE, state.astype(np.float32), pixels.copy())
+
+
+def _is_proprio(state: NDArray[Any]) -> bool:
+    """Whether it has the shape of the proprioception of one arm or several."""
+    return state.ndim == 1 and len(state) > 0 and len(state) % PROPRIO_DIM == 0
 
 
 @dataclass(frozen=True)
@@ -385,8 +391,10 @@ def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str])
             raise ValueError(
                 f"Start state {key}: image must be uint8 (H, W, 3), got {row.image.dtype} {row.image.shape}."
             )
-        if row.proprio.shape != (PROPRIO_DIM,) or not np.isfinite(row.proprio).all():
-            raise ValueError(f"Start state {key}: proprio must be {PROPRIO_DIM} finite numbers, got {row.proprio}.")
+        if not _is_proprio(row.proprio) or not np.isfinite(row.proprio).all():
+            raise ValueError(
+                f"Start state {key}: proprio must be {PROPRIO_DIM} finite numbers for each arm, got {row.proprio}."
+            )
         if row.split not in SPLITS:
             raise ValueError(f"Start state {key}: split must be one of {list(SPLITS)}, got {row.split!r}.")
         for name in _SCHEMA.names:

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM
+from prophet_gym.data.episode import ACTION_DIM, ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM
 from prophet_gym.data.instructions import EMBEDDING_DIM
 from prophet_gym.envs.models import WorldModel, resolve_models
 from prophet_gym.envs.start_states import (
@@ -145,8 +145,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"model works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
             )
         self.num_envs = num_envs
+        proprio_dim = PROPRIO_DIM * (self.world_model.action_dim // ACTION_DIM)  # of all arms
         entries: dict[str, gym.spaces.Space[Any]] = {
-            "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
+            "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (proprio_dim,), np.float32),
             "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
         }
         if video:
@@ -160,7 +161,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         frames = 1 + max_chunks * self.world_model.chunk_frames
         # The episode so far, start first; without video, the start alone.
         self._clips = np.zeros((num_envs, frames if video else 1, size, size, 3), np.uint8)
-        self._proprio = np.zeros((num_envs, frames, PROPRIO_DIM), np.float32)  # at each frame
+        self._proprio = np.zeros((num_envs, frames, proprio_dim), np.float32)  # at each frame
         self._lengths = np.zeros(num_envs, np.int64)  # frames so far
         self._embeddings = np.zeros((num_envs, EMBEDDING_DIM), np.float32)
         self._probability = np.zeros(num_envs, np.float64)
@@ -365,6 +366,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             start = self.start_states.draw(
                 self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
             )
+        if len(start.proprio) > self._proprio.shape[2]:
+            raise ValueError(
+                f"This start's proprioception has {len(start.proprio)} numbers, and this world model has room for "
+                f"{self._proprio.shape[2]} ({PROPRIO_DIM} an arm): pass a world_model of as many arms."
+            )
         if member is None:
             member = int(self._member_rngs[i].integers(self.world_model.num_members))
         return start, member
@@ -379,7 +385,10 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Begin the episode ``chosen[k]`` in env ``rows[k]``, see :meth:`_choose_start`."""
         starts = [start for start, _ in chosen]
         self._members[rows] = [member for _, member in chosen]
-        images, proprio = (np.stack([getattr(start, name) for start in starts]) for name in ("image", "proprio"))
+        images = np.stack([start.image for start in starts])
+        proprio = np.zeros((len(starts), self._proprio.shape[2]), np.float32)
+        for row, start in zip(proprio, starts, strict=True):
+            row[: len(start.proprio)] = start.proprio  # zeros for arms that the robot lacks
         index = torch.from_numpy(rows)
         state = self.world_model.init_state(torch.from_numpy(proprio), torch.from_numpy(self._members[rows]))
         if self._state is None:

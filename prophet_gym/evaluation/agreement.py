@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, load_arrays, subset
+from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
@@ -23,7 +24,7 @@ from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel, thresholds
 from prophet_gym.reward.training import episode_metrics
-from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
@@ -133,7 +134,7 @@ def evaluate(
     for suite in sorted({record.suite for dataset in datasets for record in dataset.records}):
         held_out = [dataset for dataset in datasets if any(record.suite == suite for record in dataset.records)]
         held_out = [dataset.select(suite=suite) for dataset in held_out]
-        arrays = concatenate([load_arrays(held_out, split) for split in splits])
+        arrays = concatenate([load_arrays(held_out, split, num_arms=pipeline.num_arms) for split in splits])
         if episodes is not None:
             arrays, _ = subset(arrays, episodes, seed)
         chosen = torch.arange(len(arrays.records))
@@ -227,7 +228,8 @@ def _moving_epe(imagined: list[NDArray[np.float32]], real: list[NDArray[np.float
 
 
 def _proprio_report(estimated: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """Errors of the end-effector's estimated pose (N, T, P): means over whole episodes, and at their ends."""
+    """Errors of the end-effectors' estimated poses (N, T, P): means over whole episodes, and at their ends."""
+    estimated, true = (per_arm(poses, poses.shape[2] // PROPRIO_DIM) for poses in (estimated, true))
     distance = 100 * (estimated - true)[..., :3].norm(dim=-1).double()  # cm
     turned = Rotation.from_rotvec(estimated[..., 3:6].reshape(-1, 3).numpy()).inv() * Rotation.from_rotvec(
         true[..., 3:6].reshape(-1, 3).numpy()
@@ -251,7 +253,7 @@ def actions_report(
     rows = frame_rows(arrays, torch.arange(len(real)), pipeline.chunk_frames)[:count]
     own = arrays.actions[rows[:, :-1]].flatten(1, 2)
     stay = torch.zeros_like(own)
-    stay[..., -1] = -1.0
+    stay[..., GRIPPERS] = -1.0
     report = {"episodes": float(count)}
     for name, actions in (("own", None), ("swapped", own.roll(1, dims=0)), ("none", stay)):
         video = imagined[:count]

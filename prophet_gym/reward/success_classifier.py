@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from prophet_gym.data.episode import PROPRIO_DIM, finger_openings
+
 FINGER_SCALES = (0.02, 0.002)
 """Openings of the fingers that are one to the network, metres: a hand may be open or closed, and a closed one empty
 (about 1 mm) or round the rim of a bowl (4 mm)."""
@@ -52,7 +54,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
         embedding_dim (`int`, defaults to `384`): size of the instruction embedding.
-        proprio_dim (`int`, defaults to `8`): size P of the proprioception, the opening of two fingers last.
+        num_arms (`int`, defaults to `1`): K; the proprioception has P = 8 K numbers.
         hidden_dim (`int`, defaults to `96`): width of the recurrent network.
         threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
@@ -65,7 +67,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self,
         channels: tuple[int, int, int] = (32, 64, 96),
         embedding_dim: int = 384,
-        proprio_dim: int = 8,
+        num_arms: int = 1,
         hidden_dim: int = 96,
         threshold: float | dict[str, float] = 0.5,
         motion_threshold: float | dict[str, float] | None = None,
@@ -81,7 +83,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self.attention = nn.Conv2d(third, 4, 1)
         self.head = nn.Sequential(nn.Linear(4 * (third + 2), 128), nn.SiLU(), nn.Linear(128, 1))
         # The pose, its distance from the first one, and the opening of the fingers on both scales.
-        self.motion = SequenceWitness(2 * proprio_dim + 2, embedding_dim, hidden_dim)
+        proprio_dim = PROPRIO_DIM * num_arms
+        self.motion = SequenceWitness(2 * proprio_dim + len(FINGER_SCALES) * num_arms, embedding_dim, hidden_dim)
         # Statistics of the training data and of the calibration; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
@@ -147,7 +150,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
             float (B, T); each depends on nothing later.
         """
         poses = (proprio - self.proprio_mean) / self.proprio_std
-        opening = (proprio[..., -2:-1] - proprio[..., -1:]) / proprio.new_tensor(FINGER_SCALES)
+        opening = (finger_openings(proprio)[..., None] / proprio.new_tensor(FINGER_SCALES)).flatten(-2)
         motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1)
         logits: torch.Tensor = self.motion(motion, embeddings)
         return logits
@@ -169,7 +172,16 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Calibrated success probabilities, see `RewardModel.score`."""
+        """Calibrated success probabilities, see `RewardModel.score`.
+
+        Raises:
+            ValueError: the proprioception is that of robots of another number of arms.
+        """
+        if proprio.shape[2] != len(self.proprio_mean):
+            raise ValueError(
+                f"This judge was trained on proprioception of {len(self.proprio_mean)} numbers and got "
+                f"{proprio.shape[2]}: train one for robots of so many arms (`prophet train-reward`)."
+            )
         rows = np.arange(len(lengths))
         motion, task = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings))
         moved = self.motion_logits(motion, task)[rows, lengths - 1]

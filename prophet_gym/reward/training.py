@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.episode import ACTION_DIM
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.training import LossFn, fit
@@ -50,8 +51,10 @@ def train_success_classifier(
     motion_arrays = train_arrays if motion_arrays is None else motion_arrays
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classifier = SuccessClassifier() if init is None else copy.deepcopy(init).float()
-        if init is None:
+        if init is not None:
+            classifier = copy.deepcopy(init).float()
+        else:
+            classifier = SuccessClassifier(num_arms=motion_arrays.actions.shape[2] // ACTION_DIM)
             classifier.proprio_mean.copy_(motion_arrays.proprio.mean(0))
             classifier.proprio_std.copy_(motion_arrays.proprio.std(0).clamp(min=0.01))
         classifier.to(device)

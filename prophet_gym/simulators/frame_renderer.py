@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 _FINE_CELL = 0.0035  # m: dishes and baskets, whose thin rims matter
 _OBJECT_CELL = 0.005  # m
 _ROBOT_CELL = 0.008  # m
-_FINE_NAMES = ("bowl", "plate", "basket", "ramekin", "gripper0")
-_ROBOT_NAMES = ("robot0", "mount0")
+_FINE_NAMES = ("bowl", "plate", "basket", "ramekin", "gripper0", "gripper1")
+_ROBOT_NAMES = ("robot0", "robot1", "mount0", "mount1")
 
 
 class FrameRenderer:

@@ -3,7 +3,7 @@
 The arithmetic is that of robosuite 1.4 ``OperationalSpaceController`` with its default configuration (fixed impedance,
 delta commands, position and orientation uncoupled): Khatib 1987, "A unified approach for motion and force control of
 robot manipulators". robosuite recomputes the forward dynamics three times a substep; here it is computed once.
-Imported only by :mod:`prophet_gym.simulators.libero_simulation`, which sets up the OpenGL platform first.
+Imported only by the simulations, which set up the OpenGL platform first.
 """
 
 from __future__ import annotations

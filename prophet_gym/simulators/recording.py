@@ -2,8 +2,8 @@
 policy.
 
 All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 240 and 61 in libero_10, 96 and 25 in
-Meta-World) whatever happens in them, and a script's actions never depend on whether the object was grasped: else a
-judge could read the outcome off the actions.
+Meta-World, 120 and 31 in two_arm_lift) whatever happens in them, and a script's actions never depend on whether the
+object was grasped: else a judge could read the outcome off the actions.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import Episode, Policy
+from prophet_gym.data.episode import ACTION_DIM, Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
-from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation
+from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation, Suite
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
@@ -161,13 +161,12 @@ def record_episode(
     suite = SUITES[simulation.suite]
     rng = np.random.default_rng([plan.seed, 1])
     replayed = plan.recipe in COUNTERFACTUALS
-    actions = (
-        _clean_actions_elsewhere(simulation, plan, rng) if replayed else np.zeros((suite.control_steps, 7), np.float32)
-    )
+    actions = _clean_actions_elsewhere(simulation, plan, rng) if replayed else _no_actions(suite)
     _begin(simulation, plan.init_state, plan.jitter, rng)
     expert = suite.expert(simulation, NOISE_RECIPES[plan.recipe], rng) if plan.recipe in NOISE_RECIPES else None
     noise_rng = np.random.default_rng([plan.seed, 2])
-    noise = ActionNoise(noise_rng.uniform(0.0, POLICY_NOISE), noise_rng)
+    sigma = noise_rng.uniform(0.0, POLICY_NOISE)
+    noises = [ActionNoise(sigma, noise_rng) for _ in range(suite.robot.num_arms)]
     if plan.recipe == "policy" and policy is None:
         raise ValueError("The plan's recipe is 'policy': pass the policy that acts.")
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
@@ -180,9 +179,9 @@ def record_episode(
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
-            chunk = policy.predict(observation)[0][0]
-            chunk[:, :6] += [noise() for _ in range(CHUNK_SIZE)]
-            actions[step : step + CHUNK_SIZE] = chunk.clip(-1.0, 1.0) * suite.robot.action_mask
+            chunk = policy.predict(observation)[0][0].reshape(CHUNK_SIZE, -1, ACTION_DIM)
+            chunk[..., :6] += [[noise() for noise in noises] for _ in range(CHUNK_SIZE)]
+            actions[step : step + CHUNK_SIZE] = chunk.reshape(CHUNK_SIZE, -1).clip(-1.0, 1.0) * suite.robot.action_mask
         simulation.step(actions[step].astype(np.float64))
         if (step + 1) % FRAME_STRIDE == 0:
             frames.append(simulation.render() if video else frames[0])
@@ -191,7 +190,7 @@ def record_episode(
     return Episode(
         frames=np.stack(frames),
         proprio=np.stack(proprio),
-        actions=actions.reshape(-1, FRAME_STRIDE, 7),
+        actions=actions.reshape(-1, FRAME_STRIDE, actions.shape[1]),
         success=np.array(success),
         instruction=simulation.instruction,
         suite=simulation.suite,
@@ -216,11 +215,16 @@ def _clean_actions_elsewhere(
         others = [state for state in suite.starts[plan.split] if state != plan.init_state]
         _begin(simulation, int(rng.choice(others)), suite.jitter_share > 0, rng)
     expert = suite.expert(simulation, NOISE_RECIPES["clean"], rng)
-    actions = np.zeros((suite.control_steps, 7), np.float32)
+    actions = _no_actions(suite)
     for step in range(suite.control_steps):
         actions[step] = expert.act()
         simulation.step(actions[step].astype(np.float64))
     return actions
+
+
+def _no_actions(suite: Suite) -> NDArray[np.float32]:
+    """Room for an episode's actions (T, 7 K)."""
+    return np.zeros((suite.control_steps, len(suite.robot.action_mask)), np.float32)
 
 
 def _begin(simulation: Simulation, init_state: int, jitter: bool, rng: np.random.Generator) -> None:

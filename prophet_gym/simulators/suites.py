@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import SEED_SPLITS, SPLITS
+from prophet_gym.data.episode import ACTION_DIM, SEED_SPLITS, SPLITS
 from prophet_gym.data.lerobot_format.schema import PANDA_ACTION_UNITS
-from prophet_gym.simulators import fetch, libero, metaworld
+from prophet_gym.simulators import fetch, libero, metaworld, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.rehearsal import Expert, disturbed
 
@@ -33,7 +33,7 @@ class Simulation(Protocol):
         ...
 
     def step(self, action: NDArray[np.float64]) -> None:
-        """Execute one low-level action (7,) in [-1, 1] for 50 ms."""
+        """Execute one low-level action (7 K,) in [-1, 1] for 50 ms, with the K arms of the robot."""
         ...
 
     def render(self) -> NDArray[np.uint8]:
@@ -41,7 +41,7 @@ class Simulation(Protocol):
         ...
 
     def proprio(self) -> NDArray[np.float32]:
-        """float32 (8,), see :class:`~prophet_gym.data.episode.Episode`."""
+        """float32 (8 K,), see :class:`~prophet_gym.data.episode.Episode`."""
         ...
 
     def camera(self) -> dict[str, list[list[float]]]:
@@ -63,7 +63,8 @@ class Robot:
 
     Attributes:
         name: as in ``Episode.robot``.
-        action_mask: which of the 7 numbers of an action it obeys; the others are zero in its recordings.
+        action_mask: which of the 7 numbers of an action, of each arm in turn, it obeys; the others are zero in its
+            recordings.
         action_units: what an action of 1.0 does, in words.
     """
 
@@ -71,10 +72,16 @@ class Robot:
     action_mask: tuple[bool, ...]
     action_units: str
 
+    @property
+    def num_arms(self) -> int:
+        """K: how many arms it has."""
+        return len(self.action_mask) // ACTION_DIM
+
 
 NO_ROTATION = (True, True, True, False, False, False, True)
 PANDA = Robot("panda", (True,) * 7, PANDA_ACTION_UNITS)
 SAWYER = Robot("sawyer", NO_ROTATION, "1.0 moves the goal by 1.6 cm; the orientation is fixed")
+TWO_PANDAS = Robot("two_pandas", (True,) * 14, f"{PANDA_ACTION_UNITS}, for each arm")
 FETCH = Robot("fetch", NO_ROTATION, "1.0 is a goal 1.25 cm from the current position; the orientation is fixed")
 
 
@@ -108,6 +115,7 @@ class Suite:
 _SEEDED: tuple[tuple[str, Robot, int, Callable[[str, int, int], Simulation], int], ...] = (
     ("metaworld", SAWYER, len(metaworld.TASKS), metaworld.MetaWorldSimulation, metaworld.CONTROL_STEPS),
     ("fetch", FETCH, len(fetch.TASKS), fetch.FetchSimulation, fetch.CONTROL_STEPS),
+    ("two_arm_lift", TWO_PANDAS, len(two_arm.TASKS), two_arm.TwoArmSimulation, two_arm.CONTROL_STEPS),
 )
 """Suites that draw their starts from seeds: name, robot, number of tasks, simulation, control steps of an episode."""
 

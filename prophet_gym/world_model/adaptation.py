@@ -101,11 +101,11 @@ def adapt(
         check_lora(lora_rank)
     if num_members is not None and not RECIPES[recipe].get("anew"):
         raise ValueError(f"The recipe {recipe!r} keeps the members of the proprioception: leave num_members out.")
-    config, out = pipeline.proprioception.config, Path(out)
+    out = Path(out)
     expected = {
         "frames": (pipeline.image_size, pipeline.image_size, 3),
-        "proprio": (config.proprio_dim,),
-        "actions": (pipeline.frame_stride, config.action_dim),
+        "proprio": (pipeline.proprioception.proprio_dim,),
+        "actions": (pipeline.frame_stride, pipeline.action_dim),
     }
     for name, shape in expected.items():
         if (got := tuple(getattr(train_arrays, name).shape[1:])) != shape:

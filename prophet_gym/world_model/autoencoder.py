@@ -29,13 +29,13 @@ class ResidualBlock(nn.Module):
 class ProphetAutoencoder(ModelMixin, ConfigMixin):
     r"""
     Per-frame autoencoder with 8x spatial compression, whose decoder also sees the frame that the episode began with,
-    frames as the hand carries them, and the drawn pose of the arm.
+    frames as each hand carries them, and the drawn poses of the arms.
 
     Encoder: a frame by itself. Its first factor of two is a pixel-unshuffle, which costs nothing; the others are
     strided convolutions. The latents are standardised per channel with the buffers `latent_mean` and `latent_std`,
     which training fills in, so that the transformer works on zero mean and unit variance.
 
-    Decoder: features of the reference frame, the two carried frames and the action frame are added at every resolution,
+    Decoder: features of the reference frame, the carried frames and the action frame are added at every resolution,
     and the last layer mixes, pixel by pixel, the reference, the carried frames and new colour. Before a fixed camera
     most of the scene never moves, and what moves is in the hand: both are copied and keep their look however long a
     rollout lasts, the arm appears where it is drawn, and the latents say which of them to believe, and what none of
@@ -46,6 +46,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         block_channels (`tuple[int, int, int]`, defaults to `(24, 48, 128)`): widths at 1/2, 1/4 and 1/8 resolution.
         encoder_blocks (`tuple[int, int, int]`, defaults to `(0, 1, 1)`): residual blocks at each resolution, encoder.
         decoder_blocks (`tuple[int, int, int]`, defaults to `(1, 2, 2)`): the same for the decoder.
+        num_arms (`int`, defaults to `1`): K, hands that carry something.
     """
 
     spatial_compression = 8
@@ -57,6 +58,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         block_channels: tuple[int, int, int] = (24, 48, 128),
         encoder_blocks: tuple[int, int, int] = (0, 1, 1),
         decoder_blocks: tuple[int, int, int] = (1, 2, 2),
+        num_arms: int = 1,
     ) -> None:
         super().__init__()
         half, quarter, eighth = block_channels
@@ -76,7 +78,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             [
                 nn.Sequential(nn.SiLU(), nn.Conv2d(quarter, eighth, 4, stride=2, padding=1)),
                 nn.Sequential(nn.SiLU(), nn.Conv2d(half, quarter, 4, stride=2, padding=1)),
-                nn.Conv2d(12 + 2 * 12 + 3, half, 3, padding=1),
+                nn.Conv2d(12 + 2 * num_arms * 12 + 3, half, 3, padding=1),
             ]
         )
         self.upsample = nn.ModuleList(
@@ -90,7 +92,9 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
             nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
             for channels, count in zip((eighth, quarter, half), decoder_blocks[::-1], strict=True)
         )
-        self.to_pixels = nn.Sequential(nn.SiLU(), nn.Conv2d(half, 28, 3, padding=1), nn.PixelShuffle(2))
+        # New colour, and the choice between the reference, it, and the carried frames.
+        mixed = 4 * (3 + 2 + 2 * num_arms)
+        self.to_pixels = nn.Sequential(nn.SiLU(), nn.Conv2d(half, mixed, 3, padding=1), nn.PixelShuffle(2))
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -126,8 +130,8 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         Args:
             latents: standardised, float (B, F, C, h, w).
             reference: pixels of the frame that each episode began with, float (B, 3, 8 h, 8 w) in [-1, 1].
-            carried: pixels of the latest frame and of the reference, moved as the hand moves what it holds until each
-                frame, float (B, F, 2, 3, 8 h, 8 w), see `ChunkCondition`; None is the reference, not moved.
+            carried: pixels of the latest frame and of the reference, moved as each hand moves what it holds until each
+                frame, float (B, F, 2 K, 3, 8 h, 8 w), see `ChunkCondition`; None is the reference, not moved.
             action_frames: float (B, F, 3, 4 h, 4 w), see `draw_action_frames`; None is black, an unknown camera.
 
         Returns:
@@ -135,7 +139,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         """
         batch, frames = latents.shape[:2]
         if carried is None:
-            carried = reference[:, None, None].expand(-1, frames, 2, -1, -1, -1)
+            carried = reference[:, None, None].expand(-1, frames, 2 * self.config.num_arms, -1, -1, -1)
         known = F.pixel_unshuffle(reference, 2).repeat_interleave(frames, dim=0)
         moved = F.pixel_unshuffle(carried.flatten(2, 3).flatten(0, 1), 2)
         if action_frames is None:
@@ -149,10 +153,10 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
         hidden_states = latents.flatten(0, 1)
         for upsample, feature, blocks in zip(self.upsample, features[:-1], self.decoder, strict=True):
             hidden_states = blocks(upsample(hidden_states) + feature)
-        new, logits = self.to_pixels(hidden_states).unflatten(0, (batch, frames)).split([3, 4], dim=2)
+        new, logits = self.to_pixels(hidden_states).unflatten(0, (batch, frames)).tensor_split([3], dim=2)
         copy, paint, *follow = logits.softmax(dim=2).unsqueeze(3).unbind(2)  # (B, F, 1, H, W) each
-        moved = follow[0] * carried[:, :, 0] + follow[1] * carried[:, :, 1]
-        return copy * reference[:, None] + moved + paint * new
+        followed = [share * image for share, image in zip(follow, carried.unbind(2), strict=True)]
+        return copy * reference[:, None] + sum(followed[1:], followed[0]) + paint * new
 
     def forward(
         self,

@@ -43,6 +43,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         memory (`tuple[tuple[int, int, int], ...]`, defaults to `()`): levels of the memory of the M frames before
             those, see `FramePackMemory`; empty is none.
         condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
+        num_arms (`int`, defaults to `1`): K, hands that carry something.
         fps (`int`, defaults to `16`): frames a second that the rotary embedding is told, the pretrained pipeline's
             default.
         text_embed_dim (`int`, defaults to `1024`): width of the text's tokens, which is that of the memory's.
@@ -64,6 +65,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         history_frames: int = 3,
         memory: tuple[tuple[int, int, int], ...] = (),
         condition_dim: int = 52,
+        num_arms: int = 1,
         fps: int = 16,
         text_embed_dim: int = 1024,
         num_attention_heads: int = 16,
@@ -94,8 +96,8 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
 
         hidden_dim = num_attention_heads * attention_head_dim
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
-        # History, two carried frames, and an action frame, which has four times the latents' resolution.
-        condition_channels = latent_channels * (history_frames + 2) + 3 * 16
+        # History, carried frames, and an action frame, which has four times the latents' resolution.
+        condition_channels = latent_channels * (history_frames + 2 * num_arms) + 3 * 16
         self.condition_embed = CosmosPatchEmbed(condition_channels, hidden_dim, patch_size, bias=False)
         nn.init.zeros_(self.condition_embed.proj.weight)
         self.framepack = FramePackMemory(latent_channels, text_embed_dim, memory) if memory else None
@@ -112,6 +114,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         history_frames: int = 3,
         memory: tuple[tuple[int, int, int], ...] = (),
         condition_dim: int = 52,
+        num_arms: int = 1,
     ) -> "ProphetCosmosTransformer3DModel":
         """Begin from a pretrained video-to-world transformer, in the folder of its own `save_pretrained`.
 
@@ -141,6 +144,7 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
             history_frames=history_frames,
             memory=memory,
             condition_dim=condition_dim,
+            num_arms=num_arms,
             **shared,
         )
         # With a memory the cross-attention is kept, all but its output, which starts at zero.

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, without_pictures
 from prophet_gym.training import best_precision
-from prophet_gym.world_model.action_conditioning import HOLD_DIM, carried_motion, init_hold, update_hold
+from prophet_gym.world_model.action_conditioning import carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.pipeline import ChunkCondition, ProphetPipeline, frames_to_pixels, pixels_to_frames
@@ -111,9 +111,10 @@ def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size
 
 
 def track_holds(arrays: EpisodeArrays) -> torch.Tensor:
-    """The hold of the hand at each frame of recorded episodes, float32 (N, 7), see `init_hold`."""
-    holds = torch.empty(len(arrays.proprio), HOLD_DIM)
-    hold = holds[arrays.starts] = init_hold(arrays.proprio[arrays.starts])
+    """The hold of each hand at each frame of recorded episodes, float32 (N, 7 K), see `init_hold`."""
+    hold = init_hold(arrays.proprio[arrays.starts])
+    holds = torch.empty(len(arrays.proprio), hold.shape[1])
+    holds[arrays.starts] = hold
     for frame in range(1, int(arrays.lengths.max())):
         rows = (arrays.starts + frame).minimum(arrays.starts + arrays.lengths - 1)
         hold = update_hold(hold, arrays.proprio[rows], arrays.actions[rows - 1])
@@ -125,9 +126,9 @@ def track_holds(arrays: EpisodeArrays) -> torch.Tensor:
 def hand_motions(
     arrays: EpisodeArrays, holds: torch.Tensor, latest: torch.Tensor, rows: torch.Tensor, projection: torch.Tensor
 ) -> torch.Tensor:
-    """`ChunkCondition.motion` of one frame per episode, rows (N,), after the frames `latest` (N,): (N, 2, 3)."""
-    positions = arrays.proprio[:, None, :3]
-    return carried_motion(positions[latest], positions[rows], holds[rows, None], projection)[:, 0]
+    """`ChunkCondition.motion` of one frame per episode, rows (N,), after the frames `latest` (N,): (N, 2 K, 3)."""
+    poses = arrays.proprio[:, None]
+    return carried_motion(poses[latest], poses[rows], holds[rows, None], projection)[:, 0]
 
 
 @torch.inference_mode()

@@ -5,8 +5,9 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch.nn import functional as F
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, episode_folds
+from prophet_gym.data.episode import finger_openings
 from prophet_gym.training import LossFn
-from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import Imagination, hand_motions, observed_condition, track_holds
@@ -54,20 +55,23 @@ def proprioception_loss(
             error = state[:, :proprio_dim] - target
             scaled = error / model.delta_std[robot]
             # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
-            grip = F.smooth_l1_loss(_log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1)
-            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip)
+            grip = F.smooth_l1_loss(
+                _log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1, reduction="none"
+            )
+            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip.sum(dim=1).mean())
             if k < 3:
                 told = torch.cat([target, state[:, proprio_dim:]], dim=1)
                 state = torch.where(in_motion, told, state)
-        logs = {"position_error_mm": 1000 * error[:, :3].norm(dim=-1).mean().item()}
-        return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * error[:, 6:].abs().mean().item()}
+        arms = per_arm(error, projection.shape[1])
+        logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
+        return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
     return loss_fn
 
 
 def _log_opening(proprio: torch.Tensor) -> torch.Tensor:
-    """log(1 + opening / GRIP) of the fingers of proprioceptions (B, P): (B,)."""
-    return torch.log1p((proprio[:, 6] - proprio[:, 7]).clamp(min=-0.9 * GRIP) / GRIP)
+    """log(1 + opening / GRIP) of the fingers of proprioceptions (B, 8 K): (B, K)."""
+    return torch.log1p(finger_openings(proprio).clamp(min=-0.9 * GRIP) / GRIP)
 
 
 def autoencoder_loss(
@@ -80,7 +84,7 @@ def autoencoder_loss(
     from anywhere. The latents get noise of a random level, so that the decoder forgives the transformer's errors.
 
     Args:
-        projections: float32 (E, 3, 4), the camera of each episode of `arrays`.
+        projections: float32 (E, K, 3, 4), the camera of each episode of `arrays`.
     """
 
     holds = track_holds(arrays)
@@ -218,8 +222,8 @@ def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
 
     Whether a grasp holds is decided there; the arm at rest before and after has little to teach.
     """
-    fingers = arrays.proprio[:, 6] - arrays.proprio[:, 7]
-    moved = (fingers.diff(prepend=fingers[:1]).abs() > 0.004).float()
+    fingers = finger_openings(arrays.proprio)
+    moved = (fingers.diff(dim=0, prepend=fingers[:1]).abs() > 0.004).any(dim=1).float()
     moved[arrays.starts] = 0
     near = F.max_pool1d(moved[None, None], kernel_size=7, stride=1, padding=3)[0, 0]
     return 1 + 3 * near
@@ -275,7 +279,7 @@ class _Window:
         return frames_to_pixels(self.crop(frames.movedim(-1, 1)).movedim(1, -1))
 
     def carried(self, images: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
-        """Images (N, M, 3, H, W), moved by `motion` (N, M, 3), in the windows: (N, M, 3, CROP, CROP)."""
+        """Images (N, M, 3, H, W), moved by `motion` (N, M K, 3), in the windows: (N, M K, 3, CROP, CROP)."""
         moved = carry(images, motion[:, None])[:, 0]
         return self.crop(moved.flatten(1, 2)).unflatten(1, moved.shape[1:3])
 

@@ -51,9 +51,9 @@ class ChunkCondition(BaseOutput):
     Attributes:
         proprio: float32 (B, F, P), at each frame.
         scalars: float (B, F, D_c), actions and proprioception of each frame and the robot, see `frame_condition`.
-        action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effector drawn at the present and at each frame.
-        motion: float32 (B, F, 2, 3), see `image_motion`: of the hand from the present to each frame, and of what it
-            holds, or held last, from where it was taken.
+        action_frames: float32 (B, 1 + F, 3, H / 2, W / 2), the end-effectors drawn at the present and at each frame.
+        motion: float32 (B, F, 2 K, 3), see `image_motion`: of each of K hands from the present to each frame, and of
+            what it holds, or held last, from where it was taken.
     """
 
     proprio: torch.Tensor
@@ -132,12 +132,17 @@ class ProphetPipeline(DiffusionPipeline):
         robots = robots or []
         if len(robots) > body.robots:
             raise ValueError(f"The proprioception model has {body.robots} slots, got {len(robots)} robots.")
-        condition_dim = body.frame_stride * body.action_dim + 2 * body.proprio_dim + body.robots
+        condition_dim = proprioception.condition_dim
         if transformer.config.condition_dim != condition_dim:
             raise ValueError(
                 f"The transformer takes conditions of {transformer.config.condition_dim} numbers, and this "
                 f"proprioception model makes {condition_dim}: build it with condition_dim={condition_dim}."
             )
+        hands = {type(part).__name__: part.config.num_arms for part in (proprioception, transformer)}
+        if isinstance(vae, ProphetAutoencoder):
+            hands[type(vae).__name__] = vae.config.num_arms
+        if len(set(hands.values())) > 1:
+            raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
@@ -154,14 +159,15 @@ class ProphetPipeline(DiffusionPipeline):
         self.set_progress_bar_config(disable=True)
 
     @classmethod
-    def tiny_random(cls, seed: int = 0, robots: int = 8) -> "ProphetPipeline":
-        """Build an untrained pipeline of the real classes in a very small configuration with so many slots for robots,
-        for tests."""
+    def tiny_random(cls, seed: int = 0, robots: int = 8, num_arms: int = 1) -> "ProphetPipeline":
+        """Build an untrained pipeline of the real classes in a very small configuration with so many slots for robots
+        of so many arms, for tests."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer = ProphetTransformer3DModel(
                 latent_channels=4,
-                condition_dim=44 + robots,
+                condition_dim=44 * num_arms + robots,
+                num_arms=num_arms,
                 conv_channels=8,
                 conv_blocks=(1, 1),
                 num_attention_heads=2,
@@ -173,9 +179,9 @@ class ProphetPipeline(DiffusionPipeline):
             torch.nn.init.normal_(transformer.video_out.weight, std=0.1)
             torch.nn.init.normal_(transformer.action_embed.to_adaln.weight, std=0.1)
             return cls(
-                vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0)).eval(),
+                vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0), num_arms).eval(),
                 transformer=transformer.eval(),
-                proprioception=ProprioceptionModel(hidden_dim=16, width=16, robots=robots).eval(),
+                proprioception=ProprioceptionModel(num_arms, hidden_dim=16, width=16, robots=robots).eval(),
                 scheduler=FlowMatchEulerDiscreteScheduler(),
                 cameras={
                     "libero_object": [[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]]
@@ -206,7 +212,12 @@ class ProphetPipeline(DiffusionPipeline):
     @property
     def action_dim(self) -> int:
         """Size of one low-level action."""
-        return self.proprioception.config.action_dim
+        return self.proprioception.action_dim
+
+    @property
+    def num_arms(self) -> int:
+        """Arms K that a robot can have."""
+        return self.proprioception.config.num_arms
 
     @torch.inference_mode()
     def init_history(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -245,9 +256,9 @@ class ProphetPipeline(DiffusionPipeline):
         Raises:
             ValueError: a shape differs, or there is no such member.
         """
-        if proprio.ndim != 2 or proprio.shape[1] != self.proprioception.config.proprio_dim:
+        if proprio.ndim != 2 or proprio.shape[1] != self.proprioception.proprio_dim:
             raise ValueError(
-                f"Expected proprio of shape (B, {self.proprioception.config.proprio_dim}), got {tuple(proprio.shape)}."
+                f"Expected proprio of shape (B, {self.proprioception.proprio_dim}), got {tuple(proprio.shape)}."
             )
         if member is not None:
             if member.shape != proprio.shape[:1]:
@@ -379,7 +390,7 @@ class ProphetPipeline(DiffusionPipeline):
         Args:
             state: float32 (B, S). actions: float32 (B, chunk_size, action_dim).
             start: pixels (B, 3, H, W) in [-1, 1], the episode's first frame.
-            projection: float32 (B, 3, 4). robot: int64 (B,), slots.
+            projection: float32 (B, K, 3, 4). robot: int64 (B,), slots.
 
         Returns:
             What follows for the chunk's frames; the state after the chunk, float32 (B, S).
@@ -396,8 +407,8 @@ class ProphetPipeline(DiffusionPipeline):
         projection: torch.Tensor,
         robot: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Poses (B, 1 + F, P) at the present and at the chunk's frames, holds (B, F, 7) at these, the state after."""
-        proprio_dim, state_dim = self.proprioception.config.proprio_dim, self.proprioception.state_dim
+        """Poses (B, 1 + F, P) at the present and at the chunk's frames, holds (B, F, 7 K) at these, the state after."""
+        proprio_dim, state_dim = self.proprioception.proprio_dim, self.proprioception.state_dim
         body, hold = state[:, :state_dim], state[:, state_dim:]
         poses, holds = [body[:, :proprio_dim]], []
         for frame_actions in actions.split(self.frame_stride, dim=1):
@@ -419,15 +430,15 @@ class ProphetPipeline(DiffusionPipeline):
 
         Args:
             poses: float32 (B, 1 + F, P), proprioception at the present and at each frame.
-            holds: float32 (B, F, 7), see `init_hold`, at each frame.
-            actions: float32 (B, F, frame_stride, action_dim). projection: float32 (B, 3, 4). robot: int64 (B,), slots.
+            holds: float32 (B, F, 7 K), see `init_hold`, at each frame.
+            actions: float32 (B, F, frame_stride, A). projection: float32 (B, K, 3, 4). robot: int64 (B,), slots.
         """
         scalars = frame_condition(self.proprioception, poses[:, :-1], poses[:, 1:], actions, robot)
         return ChunkCondition(
             proprio=poses[:, 1:],
             scalars=torch.zeros_like(scalars) if self.config.action_streams == "frames" else scalars,
             action_frames=draw_action_frames(poses, projection, self.image_size),
-            motion=carried_motion(poses[:, :1, :3], poses[:, 1:, :3], holds, projection),
+            motion=carried_motion(poses[:, :1], poses[:, 1:], holds, projection),
         )
 
     def generate(
@@ -476,10 +487,12 @@ class ProphetPipeline(DiffusionPipeline):
         return pixels.clamp(-1, 1), latents
 
     def projection(self, suites: Sequence[str]) -> torch.Tensor:
-        """The cameras of some episodes, float32 (B, 3, 4); zeros where the camera is not known or not used."""
+        """The camera of each arm in some episodes, float32 (B, K, 3, 4); zeros where it is not known or not used, or
+        where the robot has no such arm."""
         cameras = {} if self.config.action_streams == "scalars" else self.config.cameras
         unknown = [[0.0] * 4] * 3
-        return torch.tensor([cameras.get(suite, unknown) for suite in suites])
+        projection = torch.tensor([cameras.get(suite, unknown) for suite in suites])
+        return projection[:, None] * self.proprioception.arm_mask.cpu()[self.robot(suites), :, None, None]
 
     def robot(self, suites: Sequence[str]) -> torch.Tensor:
         """The slots of the robots of some episodes, int64 (B,)."""
@@ -491,7 +504,7 @@ class ProphetPipeline(DiffusionPipeline):
         batch, size = len(values["state"]), self.image_size
         expected = {
             "history": (batch, self.transformer.buffer_frames, config.latent_channels) + (size // 8,) * 2,
-            "state": (batch, self.proprioception.state_dim + HOLD_DIM),
+            "state": (batch, self.proprioception.state_dim + self.num_arms * HOLD_DIM),
             "actions": (batch, self.chunk_size, self.action_dim),
             "images": (batch, 2, size, size, 3),
             "starts": (batch, size, size, 3),
@@ -509,10 +522,10 @@ def carry_latents(history: torch.Tensor, motion: torch.Tensor, compression: int)
     """The latest and the first frame of a history (B, T_h, C, h, w), moved as in `ChunkCondition.motion`.
 
     Args:
-        motion: float32 (B, F, 2, 3), in pixels. compression: pixels in the side of a latent.
+        motion: float32 (B, F, 2 K, 3), in pixels. compression: pixels in the side of a latent.
 
     Returns:
-        float (B, F, 2, C, h, w).
+        float (B, F, 2 K, C, h, w).
     """
     in_latents = motion / motion.new_tensor([compression, compression, 1.0])
     return carry(torch.stack([history[:, -1], history[:, 0]], dim=1), in_latents)

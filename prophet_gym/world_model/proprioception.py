@@ -6,6 +6,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
 
+from prophet_gym.data.episode import ACTION_DIM, PROPRIO_DIM
 from prophet_gym.world_model.action_conditioning import look_around
 
 
@@ -27,18 +28,19 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     1805.12114).
 
     The state of a robot is its proprioception, its velocity, a memory and the number of its member, float (B,
-    proprio_dim + velocity_dim + hidden_dim + 1).
+    P + velocity_dim K + hidden_dim + 1).
 
     Several robots share the weights. Each has a slot: its statistics, the mask of the actions that it obeys, and one
-    input that says which one it is.
+    input that says which one it is. A robot of fewer than K arms obeys no action of the others, whose proprioception
+    stays what it is.
 
     Args:
-        proprio_dim (`int`, defaults to `8`): size P: position (3, m), axis-angle (3, rad), finger positions (2, m).
+        num_arms (`int`, defaults to `1`): K. The proprioception has P = 8 K numbers, for each arm position (3, m),
+            axis-angle (3, rad) and finger positions (2, m); an action has A = 7 K.
         frame_stride (`int`, defaults to `4`): low-level actions between two frames.
-        action_dim (`int`, defaults to `7`): size A of one action.
         robots (`int`, defaults to `8`): slots R, of which some may be free.
-        velocity_dim (`int`, defaults to `16`): size of the velocity, which is what the affine map carries on; at least
-            P.
+        velocity_dim (`int`, defaults to `16`): size of the velocity, for each arm, which is what the affine map carries
+            on; at least 8.
         hidden_dim (`int`, defaults to `128`): size of the memory.
         width (`int`, defaults to `192`): width of the networks.
         crop_size (`int`, defaults to `24`): side of the crop, pixels, a multiple of 4.
@@ -48,9 +50,8 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        proprio_dim: int = 8,
+        num_arms: int = 1,
         frame_stride: int = 4,
-        action_dim: int = 7,
         robots: int = 8,
         velocity_dim: int = 16,
         hidden_dim: int = 128,
@@ -59,13 +60,17 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         num_members: int = 1,
     ) -> None:
         super().__init__()
-        if num_members < 1:
-            raise ValueError(f"num_members must be at least 1, got {num_members}.")
+        for name, number, least in (
+            ("num_members", num_members, 1),
+            ("num_arms", num_arms, 1),
+            ("velocity_dim", velocity_dim, PROPRIO_DIM),
+        ):
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, got {number}.")
         self.members = nn.ModuleList(
             _Member(
-                proprio_dim=proprio_dim,
+                num_arms=num_arms,
                 frame_stride=frame_stride,
-                action_dim=action_dim,
                 robots=robots,
                 velocity_dim=velocity_dim,
                 hidden_dim=hidden_dim,
@@ -75,15 +80,35 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             for _ in range(num_members)
         )
         # Statistics of the training data, for each robot; set by training, saved with the weights.
-        self.register_buffer("proprio_mean", torch.zeros(robots, proprio_dim))
-        self.register_buffer("proprio_std", torch.ones(robots, proprio_dim))
-        self.register_buffer("delta_std", torch.ones(robots, proprio_dim))  # of the change between two frames
-        self.register_buffer("action_mask", torch.ones(robots, action_dim))
+        self.register_buffer("proprio_mean", torch.zeros(robots, self.proprio_dim))
+        self.register_buffer("proprio_std", torch.ones(robots, self.proprio_dim))
+        self.register_buffer("delta_std", torch.ones(robots, self.proprio_dim))  # of the change between two frames
+        self.register_buffer("action_mask", torch.ones(robots, self.action_dim))
+
+    @property
+    def proprio_dim(self) -> int:
+        """Size P of the proprioception."""
+        return PROPRIO_DIM * self.config.num_arms
+
+    @property
+    def action_dim(self) -> int:
+        """Size A of one action."""
+        return ACTION_DIM * self.config.num_arms
+
+    @property
+    def condition_dim(self) -> int:
+        """Size D_c of one frame's condition, see `frame_condition`."""
+        return self.config.frame_stride * self.action_dim + 2 * self.proprio_dim + self.config.robots
+
+    @property
+    def arm_mask(self) -> torch.Tensor:
+        """Which arms each robot has, bool (R, K)."""
+        return self.action_mask.unflatten(1, (self.config.num_arms, -1)).any(dim=2)
 
     @property
     def state_dim(self) -> int:
         """Size of a robot's state."""
-        return self.config.proprio_dim + self.config.velocity_dim + self.config.hidden_dim + 1
+        return self.proprio_dim + self.config.num_arms * self.config.velocity_dim + self.config.hidden_dim + 1
 
     def member(self, index: int) -> "ProprioceptionModel":
         """One member alone, as a model whose weights and statistics are this one's."""
@@ -133,19 +158,19 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             state: float (B, S), from `init_state` or from the previous call; its proprioception in metres and radians.
             actions: float (B, frame_stride, action_dim) in [-1, 1].
             start: float (B, 3, H, W) in [-1, 1], the episode's first frame.
-            projection: float32 (B, 3, 4), the camera, see `draw_action_frames`.
+            projection: float32 (B, K, 3, 4), the camera, see `draw_action_frames`.
             robot: int64 (B,), the robots' slots.
 
         Returns:
             State after the actions, same shape and units.
         """
-        proprio = state[:, : self.config.proprio_dim]
-        crop = look_around(start, proprio[:, :3].detach(), projection, self.config.crop_size)
+        proprio = state[:, : self.proprio_dim]
+        crop = look_around(start, proprio.detach(), projection, self.config.crop_size)
         which = F.one_hot(robot, self.config.robots).to(state)
         # Bounded, so that a rollout that goes astray does not run away.
         where = torch.cat([self.normalize(proprio, robot).clamp(-5, 5), which], dim=-1)
         obeyed = (actions * self.action_mask[robot][:, None]).flatten(1)
-        inputs = (state[:, self.config.proprio_dim : -1], obeyed, crop, where)
+        inputs = (state[:, self.proprio_dim : -1], obeyed, crop, where)
         # Each member moves its own robots.
         members = state[:, -1].long()
         order = members.argsort(stable=True)
@@ -153,7 +178,8 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         parts = zip(*(value[order].split(counts) for value in inputs), strict=True)
         outputs = [member(*part) for member, part in zip(self.members, parts, strict=True) if len(part[0])]
         motion, rest = (torch.cat(values)[order.argsort()] for values in zip(*outputs, strict=True))
-        return torch.cat([proprio + motion * self.delta_std[robot], rest, state[:, -1:]], dim=-1)
+        usual = self.delta_std[robot] * self.arm_mask[robot].repeat_interleave(PROPRIO_DIM, dim=1)
+        return torch.cat([proprio + motion * usual, rest, state[:, -1:]], dim=-1)
 
 
 class _Member(nn.Module):
@@ -162,9 +188,8 @@ class _Member(nn.Module):
     def __init__(
         self,
         *,
-        proprio_dim: int,
+        num_arms: int,
         frame_stride: int,
-        action_dim: int,
         robots: int,
         velocity_dim: int,
         hidden_dim: int,
@@ -172,9 +197,11 @@ class _Member(nn.Module):
         crop_size: int,
     ) -> None:
         super().__init__()
+        proprio_dim, chunk = PROPRIO_DIM * num_arms, frame_stride * ACTION_DIM * num_arms
+        velocity_dim = velocity_dim * num_arms
         self.proprio_dim, self.velocity_dim = proprio_dim, velocity_dim
         self.eyes = nn.Sequential(
-            nn.Conv2d(3, 24, 4, stride=4),
+            nn.Conv2d(3 * num_arms, 24, 4, stride=4),
             nn.SiLU(),
             nn.Conv2d(24, 32, 3, padding=1),
             nn.SiLU(),
@@ -184,13 +211,13 @@ class _Member(nn.Module):
             nn.Dropout(0.1),  # a scene is easily learned by heart
         )
         # The affine map from velocity and actions to motion and the next velocity.
-        chunk, rows = frame_stride * action_dim, proprio_dim + velocity_dim
+        rows = proprio_dim + velocity_dim
         self.where = nn.Sequential(
             nn.Linear(proprio_dim + robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.to_map = nn.Linear(width, rows * (velocity_dim + chunk + 1))
         nn.init.normal_(self.to_map.weight, std=0.01)
-        self.to_map.bias.data.copy_(_usual_map(proprio_dim, velocity_dim, frame_stride, action_dim).flatten())
+        self.to_map.bias.data.copy_(_usual_map(num_arms, velocity_dim, frame_stride).flatten())
         # What it leaves out. Gated: what an action does depends on what is there.
         self.encoder = nn.Linear(proprio_dim + robots + velocity_dim + chunk + 64, 2 * width)
         self.cell = nn.GRUCell(width, hidden_dim)
@@ -204,12 +231,12 @@ class _Member(nn.Module):
         """Predict one frame.
 
         Args:
-            hidden_state: float (B, velocity_dim + hidden_dim). actions: float (B, frame_stride * action_dim).
-            crop: float (B, 3, crop_size, crop_size). where: float (B, proprio_dim + robots), standardised pose, slot.
+            hidden_state: float (B, velocity_dim K + hidden_dim). actions: float (B, frame_stride A).
+            crop: float (B, 3 K, crop_size, crop_size). where: float (B, P + robots), standardised pose, slot.
 
         Returns:
-            The change of the proprioception in units of one frame's usual change, float (B, proprio_dim), and the
-            velocity and memory after it, (B, velocity_dim + hidden_dim).
+            The change of the proprioception in units of one frame's usual change, float (B, P), and the velocity and
+            memory after it, (B, velocity_dim K + hidden_dim).
         """
         velocity, memory = hidden_state.tensor_split([self.velocity_dim], dim=-1)
         moved = torch.cat([velocity.clamp(-8, 8), actions], dim=-1)
@@ -224,15 +251,17 @@ class _Member(nn.Module):
         return motion, torch.cat([velocity, memory], dim=-1)
 
 
-def _usual_map(proprio_dim: int, velocity_dim: int, frame_stride: int, action_dim: int) -> torch.Tensor:
+def _usual_map(num_arms: int, velocity_dim: int, frame_stride: int) -> torch.Tensor:
     """Where the affine map begins: (P + V, V + frame_stride * A + 1). Velocity decays, actions push and move."""
+    proprio_dim, action_dim = PROPRIO_DIM * num_arms, ACTION_DIM * num_arms
     usual = torch.zeros(proprio_dim + velocity_dim, velocity_dim + frame_stride * action_dim + 1)
     usual[:proprio_dim, :proprio_dim] = 0.3 * torch.eye(proprio_dim)
     usual[proprio_dim:, :velocity_dim] = 0.1 * torch.eye(velocity_dim)
-    shared = min(proprio_dim, action_dim)
+    # The numbers of an action are those of the arm's pose and of its first finger.
+    moved = torch.arange(proprio_dim).unflatten(0, (num_arms, -1))[:, :ACTION_DIM].flatten()
     for step in range(frame_stride):
-        column = velocity_dim + step * action_dim
-        usual[:shared, column : column + shared] = torch.eye(shared) / frame_stride
+        columns = velocity_dim + step * action_dim + torch.arange(action_dim)
+        usual[moved, columns] = 1.0 / frame_stride
         # The later an action, the more of its push is left.
-        usual[proprio_dim : proprio_dim + shared, column : column + shared] = 0.1 * (step + 1) * torch.eye(shared)
+        usual[proprio_dim + moved, columns] = 0.1 * (step + 1)
     return usual

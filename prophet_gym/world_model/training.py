@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays, subset
+from prophet_gym.data.episode import ACTION_DIM
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -291,21 +292,23 @@ def train(
     if (finished := finished_pipeline(out, device)) is not None:
         return finished
     stride = train_arrays.actions.shape[1]
+    arms = {"num_arms": train_arrays.actions.shape[2] // ACTION_DIM}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         models = recipe["models"]
         if pretrained is None:
-            vae = ProphetAutoencoder(**models["autoencoder"]).to(device, memory_format=torch.channels_last)
+            vae = ProphetAutoencoder(**arms, **models["autoencoder"]).to(device, memory_format=torch.channels_last)
         else:
             vae = ProphetCosmosAutoencoder.from_pretrained(
                 Path(pretrained) / "vae", use_safetensors=True, local_files_only=True
             ).to(device)
-        proprioception = ProprioceptionModel(frame_stride=stride, **models["proprioception"]).to(device)
+        proprioception = ProprioceptionModel(frame_stride=stride, **arms, **models["proprioception"]).to(device)
+        conditions = arms | {"condition_dim": proprioception.condition_dim}
         if pretrained is None:
-            transformer = ProphetTransformer3DModel(**models["transformer"]).to(device)
+            transformer = ProphetTransformer3DModel(**conditions, **models["transformer"]).to(device)
         else:
             transformer = ProphetCosmosTransformer3DModel.from_cosmos(
-                Path(pretrained) / "transformer", **models["transformer"]
+                Path(pretrained) / "transformer", **conditions, **models["transformer"]
             ).to(device)
     pipeline = ProphetPipeline(
         vae,

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
 from prophet_gym.world_model.history import FramePackMemory, split_history
 
-_KEEP_LATEST = [[[4.0]], [[0.0]], [[0.0]], [[0.0]]]
-"""Bias of the choice between the latest frame, the first one and the two carried ones: an untrained model shows a
-still."""
+_KEEP_LATEST = 4.0
+"""Bias of the choice between the latest frame, the first one and the carried ones: an untrained model shows a still."""
 
 
 class _NoText(nn.Module):
@@ -113,9 +112,9 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
     is local, and the same everywhere. The blocks between them see the whole chunk at once, in tokens of 2 x 2 latents.
 
     The first history frame and the latest ones enter as extra channels of every new frame, so that each place sees its
-    own past, and so do the carried frames: the latest one as the hand carries it, and the first one as the hand carries
-    what it took there. The frames between first and latest are in the memory, whose tokens the cross-attention of the
-    blocks reads. The raw output is a choice between the first frame, the latest one and the carried ones, and a
+    own past, and so do the carried frames: the latest one as each hand carries it, and the first one as the hand
+    carries what it took there. The frames between first and latest are in the memory, whose tokens the cross-attention
+    of the blocks reads. The raw output is a choice between the first frame, the latest one and the carried ones, and a
     residual: together the clean chunk, from which the rectified-flow velocity follows as `(sample - clean) / sigma`. A
     static background therefore costs the network nothing, and one sampling step from pure noise is the conditional
     mean.
@@ -126,6 +125,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         memory (`tuple[tuple[int, int, int], ...]`, defaults to `()`): levels of the memory of the M frames before
             those, see `FramePackMemory`; empty is none.
         condition_dim (`int`, defaults to `52`): size D_c of one frame's action condition.
+        num_arms (`int`, defaults to `1`): K, hands that carry something.
         conv_channels (`int`, defaults to `128`): width of the convolutions.
         conv_blocks (`tuple[int, int]`, defaults to `(2, 3)`): convolutional blocks before and after the transformer's.
         num_attention_heads (`int`), attention_head_dim (`int`), num_layers (`int`), mlp_ratio (`float`),
@@ -146,6 +146,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         history_frames: int = 3,
         memory: tuple[tuple[int, int, int], ...] = (),
         condition_dim: int = 52,
+        num_arms: int = 1,
         conv_channels: int = 128,
         conv_blocks: tuple[int, int] = (2, 3),
         num_attention_heads: int = 6,
@@ -179,14 +180,14 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.learnable_pos_embed, name))
         self.action_embed = FrameActionEmbedding(condition_dim, hidden_dim)
-        self.video_in = nn.Conv2d(latent_channels * (3 + history_frames), conv_channels, 3, padding=1)
+        self.video_in = nn.Conv2d(latent_channels * (1 + 2 * num_arms + history_frames), conv_channels, 3, padding=1)
         # Action frames, of the present and of the new frame, have four times the latents' resolution.
         self.action_frame_in = nn.Conv2d(2 * 3 * 16, conv_channels, 3, padding=1)
         nn.init.zeros_(self.action_frame_in.weight)
         nn.init.zeros_(self.action_frame_in.bias)
         stem, head = ((ConditionedBlock(conv_channels, hidden_dim) for _ in range(count)) for count in conv_blocks)
         self.stem, self.head = nn.ModuleList(stem), nn.ModuleList(head)
-        self.video_out = nn.Conv2d(conv_channels, latent_channels + 4, 3, padding=1)
+        self.video_out = nn.Conv2d(conv_channels, latent_channels + 2 + 2 * num_arms, 3, padding=1)
         nn.init.zeros_(self.video_out.weight)
         nn.init.zeros_(self.video_out.bias)
         self.framepack = FramePackMemory(latent_channels, hidden_dim, memory) if memory else None
@@ -215,8 +216,8 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
             condition: (B, F, D_c), see `FrameActionEmbedding`.
             action_frames: (B, 1 + F, 3, 4 h, 4 w), of the present and of each new frame, see `draw_action_frames`;
                 black where the camera is not known.
-            carried: latents (B, F, 2, C, h, w), the latest frame and the first one as the hand carries them until each
-                frame, see `carry_latents`.
+            carried: latents (B, F, 2 K, C, h, w), the latest frame and the first one as each hand carries them until
+                each frame, see `carry_latents`.
 
         Returns:
             Velocity, float (B, F, C, h, w).
@@ -225,7 +226,7 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         near, older = split_history(history, self.buffer_frames - self.config.history_frames)
         remembered = self.framepack(older) if self.framepack else None  # (B, N, D)
         past = near.flatten(1, 2)[:, None].expand(-1, frames, -1, -1, -1)  # (B, F, H C, h, w)
-        video = torch.cat([sample, past, carried.flatten(2, 3)], dim=2).flatten(0, 1)  # (B F, (3 + H) C, h, w)
+        video = torch.cat([sample, past, carried.flatten(2, 3)], dim=2).flatten(0, 1)  # (B F, (1 + 2 K + H) C, h, w)
         drawn = torch.stack([action_frames[:, :1].expand(-1, frames, -1, -1, -1), action_frames[:, 1:]], dim=2)
         drawn = F.pixel_unshuffle(drawn.flatten(0, 1).flatten(1, 2), 4)  # (B F, 2 * 3 * 16, h, w)
 
@@ -260,8 +261,10 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         local = local + wide
         for block in self.head:
             local = block(local, embedding)
-        residual, logits = self.video_out(F.silu(local)).unflatten(0, (batch, frames)).split([sample.shape[2], 4], 2)
-        choice = (logits.float() + logits.new_tensor(_KEEP_LATEST)).softmax(dim=2)  # (B, F, 4, h, w)
+        raw = self.video_out(F.silu(local)).unflatten(0, (batch, frames))
+        residual, logits = raw.tensor_split([sample.shape[2]], dim=2)
+        bias = F.pad(logits.new_tensor([_KEEP_LATEST]), (0, logits.shape[2] - 1))
+        choice = (logits.float() + bias[:, None, None]).softmax(dim=2)  # (B, F, 2 + 2 K, h, w)
         latest, first, follow = choice[:, :, :1], choice[:, :, 1:2], choice[:, :, 2:, None]
         clean = latest * history[:, -1:] + first * history[:, :1] + (follow * carried).sum(dim=2) + residual
         return (sample - clean) / sigma[:, None, None, None, None]

@@ -87,14 +87,18 @@ class EpisodeDataset(Sequence[Episode]):
             self._orientation = foreign.orientation
             self.frame_stride = foreign.frame_stride
         self.fps: float = self.info["fps"] * self._stored_stride / self.frame_stride
-        for name, expected in (("action", self._stored_stride * ACTION_DIM), ("observation.state", PROPRIO_DIM)):
-            shape = self.info["features"].get(name, {}).get("shape")
-            if shape is None or list(shape) != [expected]:
-                raise ValueError(
-                    f"{self.root} has {name!r} of shape {shape}, expected [{expected}] "
-                    f"(frame stride {self._stored_stride}, {ACTION_DIM} numbers an action, {PROPRIO_DIM} of "
-                    "proprioception): convert the data set first."
-                )
+        shapes = [self.info["features"].get(name, {}).get("shape") for name in ("action", "observation.state")]
+        self.num_arms = shapes[1][0] // PROPRIO_DIM if shapes[1] else 0
+        if not self.num_arms or shapes != [
+            [self._stored_stride * ACTION_DIM * self.num_arms],
+            [PROPRIO_DIM * self.num_arms],
+        ]:
+            raise ValueError(
+                f"{self.root} has 'action' and 'observation.state' of shapes {shapes}, expected "
+                f"{[[self._stored_stride * ACTION_DIM], [PROPRIO_DIM]]} (frame stride {self._stored_stride}, "
+                f"{ACTION_DIM} numbers an action, {PROPRIO_DIM} of proprioception), or as often again for each further "
+                "arm: convert the data set first."
+            )
         self._rows = self._load_episode_rows()
         self.records = self._make_records()
 
@@ -151,8 +155,8 @@ class EpisodeDataset(Sequence[Episode]):
 
     @property
     def action_mask(self) -> NDArray[np.bool_]:
-        """Which numbers of an action the robot obeys, bool (7,); all, where the data set does not say."""
-        return np.array(self.info.get("prophet", {}).get("action_mask", [True] * ACTION_DIM), np.bool_)
+        """Which numbers of an action the robot obeys, bool (7 an arm); all, where the data set does not say."""
+        return np.array(self.info.get("prophet", {}).get("action_mask", [True] * ACTION_DIM * self.num_arms), np.bool_)
 
     @property
     def video(self) -> bool:
@@ -272,7 +276,7 @@ class EpisodeDataset(Sequence[Episode]):
             success = np.zeros(row["length"], np.bool_)
             success[-1] = record.success
         frames = self._read_video(row) if is_video else _decode_images(table.column(self.image_key), path)
-        actions = arrays["action"].reshape(row["length"], self._stored_stride, ACTION_DIM)[:-1]
+        actions = arrays["action"].reshape(row["length"], self._stored_stride, -1)[:-1]
         episode = Episode(
             frames=np.ascontiguousarray(to_upright(frames, self._orientation)),
             proprio=arrays["observation.state"],

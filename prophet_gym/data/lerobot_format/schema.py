@@ -20,13 +20,14 @@ DATA_PATH = f"data/{FILE_PATTERN}.parquet"
 VIDEO_PATH = f"videos/{{video_key}}/{FILE_PATTERN}.mp4"
 EPISODES_PATH = f"meta/episodes/{FILE_PATTERN}.parquet"
 ACTION_CONVENTION = (
-    "frame_stride actions of 7 values in [-1, 1], executed between this row's frame and the next one: delta xyz, delta "
-    "rotation in the world frame ({units}), gripper (-1 opens, +1 closes). "
+    "frame_stride actions of 7 values for each arm in [-1, 1], executed between this row's frame and the next one: "
+    "delta xyz, delta rotation in the world frame ({units}), gripper (-1 opens, +1 closes). "
     "The last row of an episode is a no-op with the last gripper command."
 )
 PANDA_ACTION_UNITS = "1.0 is a goal 5 cm / 0.5 rad from the current pose"
 PROPRIO_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_0", "finger_1")
 ACTION_NAMES = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+"""Of one arm; of two, the second one's names begin with ``arm_1_``."""
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
@@ -52,6 +53,11 @@ class EpisodeRecord:
     success: bool
     instruction: str
     robot: str
+
+
+def arm_names(names: Sequence[str], num_arms: int) -> list[str]:
+    """The names of one arm's numbers, once for each arm."""
+    return [f"arm_{arm}_{name}" if arm else name for arm in range(num_arms) for name in names]
 
 
 def episode_path(root: Path, index: int) -> Path:

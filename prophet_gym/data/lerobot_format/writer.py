@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from prophet_gym.data.episode import ACTION_DIM, PROPRIO_DIM, Episode
+from prophet_gym.data.episode import ACTION_DIM, GRIPPERS, Episode
 from prophet_gym.data.lerobot_format.schema import (
     ACTION_CONVENTION,
     ACTION_NAMES,
@@ -27,6 +27,7 @@ from prophet_gym.data.lerobot_format.schema import (
     PROPRIO_NAMES,
     QUANTILES,
     EpisodeRecord,
+    arm_names,
     episode_path,
     numeric_column,
     read_table,
@@ -55,7 +56,7 @@ class LeRobotWriter:
         camera-to-world in metres, OpenCV axes: x right, y down, z forward), or one such dict per suite name.
     :param image_size: pixels, one number for a square or (height, width).
     :param robot: name of the robot, as in ``Episode.robot``.
-    :param action_mask: (7,) which numbers of an action the robot obeys; the others must be zero.
+    :param action_mask: (7 K,) which numbers of an action a robot of K arms obeys; the others must be zero.
     :param action_units: what an action of 1.0 does, in words.
     :param video: False: the frames of every episode repeat its first one.
     :raises ValueError: a number is out of range or the camera or the mask is not of the form above.
@@ -80,8 +81,8 @@ class LeRobotWriter:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height < 1 or width < 1:
             raise ValueError(f"image_size must be positive, got {image_size}.")
-        if len(action_mask) != ACTION_DIM:
-            raise ValueError(f"action_mask must have {ACTION_DIM} values, got {list(action_mask)}.")
+        if not action_mask or len(action_mask) % ACTION_DIM:
+            raise ValueError(f"action_mask must have {ACTION_DIM} values for each arm, got {list(action_mask)}.")
         self.root = Path(root)
         self.fps = int(fps)
         self.frame_stride = int(frame_stride)
@@ -89,6 +90,7 @@ class LeRobotWriter:
         self.image_size = (int(height), int(width))
         self.robot = robot
         self.action_mask = [bool(used) for used in action_mask]
+        self.num_arms = len(action_mask) // ACTION_DIM
         self.action_units = action_units
         self.video = video
 
@@ -113,7 +115,8 @@ class LeRobotWriter:
         A data set that was finalized before becomes unfinalized: call :meth:`finalize` again.
 
         :param index: place of the episode in the data set, >= 0.
-        :param episode: must have this writer's image size, frame stride and robot, and zeros where its mask says so.
+        :param episode: must have this writer's image size, frame stride, robot and arms, and zeros where its mask says
+            so.
         :return: the file written.
         :raises ValueError: the episode does not fit this data set, or the index is negative.
         """
@@ -123,6 +126,7 @@ class LeRobotWriter:
             ("image size (height, width)", self.image_size, episode.frames.shape[1:3]),
             ("frame stride", self.frame_stride, episode.frame_stride),
             ("robot", self.robot, episode.robot),
+            ("number of arms", self.num_arms, episode.num_arms),
         ):
             if expected != got:
                 raise ValueError(f"Episode {index} has {name} {got}, but this data set is written with {expected}.")
@@ -132,8 +136,8 @@ class LeRobotWriter:
                 f"{self.robot!r} says that it obeys none: set them to zero."
             )
         count = len(episode.frames)
-        no_op = np.zeros((1, self.frame_stride, ACTION_DIM), np.float32)
-        no_op[..., -1] = episode.actions[-1, -1, -1]
+        no_op = np.zeros((1, self.frame_stride, ACTION_DIM * self.num_arms), np.float32)
+        no_op[..., GRIPPERS] = episode.actions[-1, -1, GRIPPERS]
         actions = np.concatenate([episode.actions, no_op]).reshape(count, -1)
         frame_index = np.arange(count)
         image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -284,7 +288,9 @@ class LeRobotWriter:
         } | ({} if self.video else {"video": False})
 
     def _features(self) -> dict[str, dict[str, Any]]:
-        actions = [f"{name}_{step}" for step in range(self.frame_stride) for name in ACTION_NAMES]
+        names = arm_names(ACTION_NAMES, self.num_arms)
+        actions = [f"{name}_{step}" for step in range(self.frame_stride) for name in names]
+        state = arm_names(PROPRIO_NAMES, self.num_arms)
         scalars = {"next.success": "bool", "timestamp": "float32"}
         scalars |= dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
         features: dict[str, dict[str, Any]] = {
@@ -293,7 +299,7 @@ class LeRobotWriter:
                 "shape": [*self.image_size, 3],
                 "names": ["height", "width", "channels"],
             },
-            "observation.state": {"dtype": "float32", "shape": [PROPRIO_DIM], "names": list(PROPRIO_NAMES)},
+            "observation.state": {"dtype": "float32", "shape": [len(state)], "names": state},
             "action": {"dtype": "float32", "shape": [len(actions)], "names": actions},
         }
         for name, dtype in scalars.items():

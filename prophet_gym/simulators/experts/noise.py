@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prophet_gym.data.episode import PROPRIO_DIM
+
 
 @dataclass(frozen=True)
 class NoiseRecipe:
@@ -42,13 +44,15 @@ NOISE_SHARES = {
     "libero_10": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "metaworld": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "fetch": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
+    "two_arm_lift": {"clean": 0.20, "light": 0.10, "medium": 0.20, "heavy": 0.50},
 }
 """Share of each recipe in a suite's recordings: 61% of 700 libero_object episodes succeeded, 73% of 600 libero_spatial
 ones."""
 
 
 class ActionNoise:
-    """AR(1) noise: ``n[t] = rho n[t-1] + sqrt(1 - rho^2) sigma w[t]``, stationary from the first draw.
+    """AR(1) noise on one arm's motion: ``n[t] = rho n[t-1] + sqrt(1 - rho^2) sigma w[t]``, stationary from the first
+    draw.
 
     Args:
         sigma: standard deviation of every component, in action units.
@@ -75,12 +79,13 @@ class RandomMotion:
     """
 
     def predict(self, observation: dict[str, Any], *, deterministic: bool = False) -> tuple[NDArray[np.float32], None]:
-        """Chunks (B, 8, 7) for any observations, from torch's global random stream."""
-        batch = len(observation["proprio"])
-        motion = 2 * torch.rand(batch, 1, 6) - 1
+        """Chunks (B, 8, 7 K) for any observations, whose proprioception (B, 8 K) tells the number of arms; from torch's
+        global random stream."""
+        batch, arms = len(observation["proprio"]), observation["proprio"].shape[1] // PROPRIO_DIM
+        motion = 2 * torch.rand(batch, arms, 6) - 1
         motion[..., 3:] *= 0.4  # turned much further, the arm would soon be at its joints' limits
-        gripper = torch.where(torch.rand(batch, 1, 1) < 0.3, 1.0, -1.0)
-        return torch.cat([motion, gripper], dim=-1).repeat(1, 8, 1).numpy(), None
+        gripper = torch.where(torch.rand(batch, arms, 1) < 0.3, 1.0, -1.0)
+        return torch.cat([motion, gripper], dim=-1).reshape(batch, 1, -1).repeat(1, 8, 1).numpy(), None
 
 
 def point_in_disc(radius: float, rng: np.random.Generator) -> NDArray[np.float64]:

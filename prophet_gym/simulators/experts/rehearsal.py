@@ -28,12 +28,12 @@ class Expert(Protocol):
     """Whoever acts in a scripted episode."""
 
     def act(self) -> NDArray[np.float32]:
-        """The next low-level action: float32 (7,) in [-1, 1]."""
+        """The next low-level action: float32 (7 K,) in [-1, 1], for K arms."""
         ...
 
 
 class Arm(Protocol):
-    """What the rehearsed expert sees of a simulation."""
+    """What the rehearsed expert sees of a simulation: where its K end-effectors are (3 K,), m, world."""
 
     @property
     def eef_position(self) -> Array: ...
@@ -54,7 +54,8 @@ class Stage(Arm, Protocol):
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What an undisturbed script did: actions (T, 7), and where the end-effector was before each, (T, 3) m, world."""
+    """What an undisturbed script did with K arms: actions (T, 7 K), and where the end-effectors were before each,
+    (T, 3 K) m, world."""
 
     actions: Array
     positions: Array
@@ -72,36 +73,42 @@ def disturbed(stage: Stage, recipe: NoiseRecipe, rng: np.random.Generator, steps
     if recipe == NoiseRecipe():
         return stage.script()
     script = stage.script()
-    actions, positions = np.zeros((steps, 7)), np.zeros((steps, 3))
-    for step in range(steps):
-        actions[step], positions[step] = script.act(), stage.eef_position
-        stage.step(actions[step])
+    actions, positions = [], []
+    for _ in range(steps):
+        actions.append(script.act().astype(np.float64))
+        positions.append(stage.eef_position)
+        stage.step(actions[-1])
     stage.reset(stage.init_state)
-    return Rehearsed(stage, Rehearsal(actions, positions), recipe, rng)
+    return Rehearsed(stage, Rehearsal(np.array(actions), np.array(positions)), recipe, rng)
 
 
 class Rehearsed:
     """Follows a rehearsal with the errors and the noise of a recipe.
 
     The path is shifted by the grasp error from the start, and by the place error too from the time when the fingers
-    have closed; after an early release the fingers stay open.
+    have closed; after an early release the fingers stay open. Each arm has errors and noise of its own.
     """
 
     def __init__(self, arm: Arm, rehearsal: Rehearsal, recipe: NoiseRecipe, rng: np.random.Generator) -> None:
         self._arm = arm
-        self._actions, self._path = rehearsal.actions.copy(), rehearsal.positions.copy()
-        closing = np.flatnonzero(self._actions[:, 6] > 0)
-        first = int(closing[0]) if len(closing) else len(self._actions)
-        self._path[:, :2] += point_in_disc(recipe.grasp_offset, rng)
-        self._path[first + _CLOSING_STEPS :, :2] += point_in_disc(recipe.place_offset, rng)
-        if rng.uniform() < recipe.early_release:
-            self._actions[first + int(rng.integers(_EARLIEST_RELEASE, _LATEST_RELEASE)) :, 6] = OPEN
-        self._noise = ActionNoise(recipe.action_sigma, rng)
+        steps = len(rehearsal.actions)
+        self._actions = rehearsal.actions.reshape(steps, -1, 7).copy()
+        self._path = rehearsal.positions.reshape(steps, -1, 3).copy()
+        self._noises = []
+        for arm_actions, arm_path in zip(np.moveaxis(self._actions, 1, 0), np.moveaxis(self._path, 1, 0), strict=True):
+            closing = np.flatnonzero(arm_actions[:, 6] > 0)
+            first = int(closing[0]) if len(closing) else steps
+            arm_path[:, :2] += point_in_disc(recipe.grasp_offset, rng)
+            arm_path[first + _CLOSING_STEPS :, :2] += point_in_disc(recipe.place_offset, rng)
+            if rng.uniform() < recipe.early_release:
+                arm_actions[first + int(rng.integers(_EARLIEST_RELEASE, _LATEST_RELEASE)) :, 6] = OPEN
+            self._noises.append(ActionNoise(recipe.action_sigma, rng))
         self._step = 0
 
     def act(self) -> NDArray[np.float32]:
-        """The next low-level action: float32 (7,) in [-1, 1]."""
-        action = self._actions[self._step].copy()
-        action[:3] += _GAIN * (self._path[self._step] - self._arm.eef_position) + self._noise()[:3]
+        """The next low-level action: float32 (7 K,) in [-1, 1]."""
+        actions, positions = self._actions[self._step].copy(), self._arm.eef_position.reshape(-1, 3)
+        noise = np.array([noise()[:3] for noise in self._noises])
+        actions[:, :3] += _GAIN * (self._path[self._step] - positions) + noise
         self._step += 1
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
+        return np.clip(actions, -1.0, 1.0).ravel().astype(np.float32)
