@@ -2,6 +2,8 @@
 
 import builtins
 import importlib.util
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -28,6 +30,16 @@ def env():
     env = LiberoEnv(suite="libero_object", task=0, split="val", max_chunks=20, render_mode="rgb_array")
     yield env
     env.close()
+
+
+def test_frames_without_a_display_where_mujoco_was_imported_before():
+    code = (
+        "import mujoco\n"
+        "from prophet_gym.simulators.libero import load_simulation\n"
+        "assert load_simulation('libero_object', 0, 96).render().std() > 10"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
 def test_gymnasium_contract(env):
