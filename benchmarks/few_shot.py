@@ -38,7 +38,8 @@ def imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> tuple[torch.Ten
     chosen = torch.arange(len(arrays.starts))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
     imagined, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
-    error = 100 * (proprio - arrays.proprio[rows])[:, 1:, :3].norm(dim=-1).numpy()
+    errors = (proprio - arrays.proprio[rows])[:, 1:].unflatten(2, (pipeline.num_arms, -1))[..., :3].norm(dim=-1)
+    error = 100 * errors.mean(2).numpy()
     scores = video_scores(imagined, arrays.frames[rows])
     return imagined, scores | {"end-effector (cm)": error.mean(1), "at the end (cm)": error[:, -1]}
 
@@ -57,11 +58,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     datasets = [EpisodeDataset(path) for path in arguments.data]
     cameras = camera_projections(datasets)
-    episodes, _ = subset(load_arrays(datasets, "train"), arguments.episodes, arguments.seed)
-    validation = load_arrays(datasets, "val")
-    held_out = concatenate([validation, load_arrays(datasets, "test")])
-
     base = load_world_model(arguments.checkpoint, "cpu")
+    train_arrays, validation, test = (
+        load_arrays(datasets, split, num_arms=base.num_arms) for split in ("train", "val", "test")
+    )
+    episodes, _ = subset(train_arrays, arguments.episodes, arguments.seed)
+    held_out = concatenate([validation, test])
+
     unadapted = copy.copy(base)
     unadapted.register_to_config(cameras=base.config.cameras | cameras)
     pipelines = {

@@ -83,7 +83,13 @@ def train_variant(
 ) -> ProphetPipeline:
     """A pipeline with a transformer of its own, trained for `steps` steps in two halves; resumes after a kill."""
     torch.manual_seed(0)
-    transformer = ProphetTransformer3DModel(history_frames=choices["history_frames"], memory=choices["memory"], **SMALL)
+    transformer = ProphetTransformer3DModel(
+        history_frames=choices["history_frames"],
+        memory=choices["memory"],
+        condition_dim=base.proprioception.condition_dim,
+        num_arms=base.num_arms,
+        **SMALL,
+    )
     pipeline = copy.copy(base)
     pipeline.register_modules(transformer=transformer)
     pipeline.register_to_config(action_streams=choices["action_streams"])
@@ -169,9 +175,9 @@ def main() -> None:
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    arrays, _ = subset(load_arrays(datasets, "train"), arguments.episodes, seed=0)
-    validation = load_arrays(datasets, "val")
     base = load_world_model(arguments.checkpoint, "cpu")
+    arrays, _ = subset(load_arrays(datasets, "train", num_arms=base.num_arms), arguments.episodes, seed=0)
+    validation = load_arrays(datasets, "val", num_arms=base.num_arms)
     latents = encode_frames(base.vae, arrays.frames)
     results: dict[str, Scores] = {}
     for name in dict.fromkeys(["all", *arguments.names]):

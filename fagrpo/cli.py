@@ -36,9 +36,10 @@ def load_demonstrations(
     :param split: "train" or "val"
     :param max_episodes: use at most this many of each data set; None: all
     :param video: whether all must have been recorded with video
-    :return: observations image (N, H, W, 3), proprio (N, 8), instruction (N, 384); actions (N, 8, 7)
-    :raises ValueError: no episode matches, or a data set has no video
+    :return: observations image (N, H, W, 3), proprio (N, 8 K), instruction (N, 384); actions (N, 8, 7 K), of K arms
+    :raises ValueError: no episode matches, a data set has no video, or the robots differ in their arms
     """
+    from prophet_gym.data.episode import GRIPPERS
     from prophet_gym.data.instructions import embed_instructions
     from prophet_gym.data.lerobot_format import EpisodeDataset, check_video
 
@@ -48,14 +49,17 @@ def load_demonstrations(
     datasets = [EpisodeDataset(root) for root in roots]
     if video:
         check_video(datasets)
+    if len({dataset.num_arms for dataset in datasets}) > 1:
+        arms = {str(dataset.root): dataset.num_arms for dataset in datasets}
+        raise ValueError(f"a policy is of one robot, got data sets of robots with so many arms: {arms}")
     selected = [dataset.select(split=split, kind=kinds) for dataset in datasets]
     for episode in itertools.chain.from_iterable(
         itertools.islice((episode for episode in dataset if episode.outcome), max_episodes) for dataset in selected
     ):
         frame_stride = episode.actions.shape[1]
-        commands = episode.actions.reshape(-1, episode.actions.shape[2])  # (T * stride, 7)
+        commands = episode.actions.reshape(-1, episode.actions.shape[2])  # (T * stride, 7 K)
         idle = np.zeros((CHUNK, commands.shape[1]), dtype=np.float32)
-        idle[:, -1] = commands[-1, -1]
+        idle[:, GRIPPERS] = commands[-1, GRIPPERS]
         padded = np.concatenate([commands, idle])
         chunk_frames = CHUNK // frame_stride
         solved = int(np.flatnonzero(~episode.success)[-1]) + 1  # from here on the task stays solved

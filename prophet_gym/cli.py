@@ -53,6 +53,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _adapt(arguments: argparse.Namespace) -> None:
     import copy
+    from functools import partial
 
     from prophet_gym.data.clips import load_arrays, subset
     from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -62,14 +63,11 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
-    train, val = (
-        load_arrays(datasets, split, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
-        for split in ("train", "val")
-    )
+    load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
     adapt(
         pipeline,
-        subset(train, arguments.episodes, arguments.seed)[0],
-        val,
+        subset(load("train"), arguments.episodes, arguments.seed)[0],
+        load("val"),
         arguments.out,
         recipe=arguments.recipe,
         lora_rank=arguments.lora_rank,
@@ -90,12 +88,14 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
+    more = [EpisodeDataset(path) for path in arguments.motion]
     pipeline = None if arguments.world_model is None else load_world_model(arguments.world_model, arguments.device)
-    load = partial(load_arrays, num_arms=None if pipeline is None else pipeline.num_arms)
+    arms = max(dataset.num_arms for dataset in datasets + more) if pipeline is None else pipeline.num_arms
+    load = partial(load_arrays, num_arms=arms)
     train, val = load(datasets, "train"), load(datasets, "val")
     recorded = [train]
-    if arguments.motion:
-        recorded.append(load([EpisodeDataset(path) for path in arguments.motion], "train", video=False))
+    if more:
+        recorded.append(load(more, "train", video=False))
     motion = [without_pictures(arrays) for arrays in recorded]
     if pipeline is not None:
         motion += [imagine_motions(pipeline, arrays) for arrays in recorded]

@@ -105,10 +105,11 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert report["actions"]["episodes"] == 6
 
 
-def test_two_splits_are_measured_together(data: Path, tmp_path: Path) -> None:
-    results = evaluate(
-        ProphetPipeline.tiny_random(), [data], tmp_path, reward_model=RedCornerJudge(), splits=("val", "test")
-    )
+@pytest.mark.parametrize("num_arms", [1, 2])
+def test_two_splits_are_measured_together(data: Path, tmp_path: Path, num_arms: int) -> None:
+    """Also by a Prophet that knows robots of more arms than this one."""
+    pipeline = ProphetPipeline.tiny_random(num_arms=num_arms)
+    results = evaluate(pipeline, [data], tmp_path, reward_model=RedCornerJudge(), splits=("val", "test"))
     assert results["libero_object"]["splits"] == ["val", "test"]
     assert results["libero_object"]["video"]["episodes"] == 8
     assert results["all"]["outcome"]["all"]["real_frames"]["episodes"] == 8

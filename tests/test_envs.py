@@ -43,6 +43,9 @@ class FakeWorldModel:
 
     chunk_size, chunk_frames, image_size, action_dim, num_members = 8, 2, 96, 7, 3
 
+    def arms(self, suite: str) -> int:
+        return 1
+
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images[:, None, ::24, ::24].astype(np.float64))
 

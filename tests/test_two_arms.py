@@ -1,7 +1,9 @@
 """Robots of two arms beside those of one: data, conditions, world model, judge and environment."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from test_episode_data import make_episode, make_writer
 from test_reward import episodes as judged_episodes
 from test_world_model import CAMERA, episodes, twice
 
+from fagrpo.cli import load_demonstrations
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays
 from prophet_gym.data.episode import finger_openings
 from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.envs.start_states import load_start_states, write_start_states
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.reward.training import train_success_classifier
 from prophet_gym.world_model import ProphetAutoencoder, ProphetCosmosTransformer3DModel, ProphetPipeline
@@ -30,6 +34,7 @@ from prophet_gym.world_model.action_conditioning import (
     per_arm,
     update_hold,
 )
+from prophet_gym.world_model.losses import proprioception_loss
 from prophet_gym.world_model.training import train
 
 BEYOND = CAMERA * torch.tensor([1.1, 0.9, 1.0])[:, None]
@@ -115,7 +120,9 @@ def test_the_conditions_of_two_arms_are_those_of_each(seed: int, batch: int, fra
     image = torch.rand(batch, 3, 48, 48, generator=generator)
     assert torch.equal(all_arms(per_arm(poses, 2), 2), poses)
 
-    holds = update_hold(init_hold(poses[:, 0]), poses[:, 1], actions)
+    actions[..., [6, 13]] = 1.0  # both hands close at the first pose and carry to the second
+    closed = poses[:, :2] * torch.tensor([1.0] * 6 + [0.0] * 2).repeat(2)
+    holds = update_hold(update_hold(init_hold(closed[:, 0]), closed[:, 0], actions), closed[:, 1], actions)
     drawn = draw_action_frames(poses, projection, 48)
     crops = look_around(image, poses[:, 0], projection, 8)
     later = holds[:, None].expand(-1, frames, -1)
@@ -125,7 +132,10 @@ def test_the_conditions_of_two_arms_are_those_of_each(seed: int, batch: int, fra
     alone = []
     for arm in range(2):
         own, seen = poses[..., 8 * arm : 8 * arm + 8], projection[:, arm : arm + 1]
-        hold = update_hold(init_hold(own[:, 0]), own[:, 1], actions[..., 7 * arm : 7 * arm + 7])
+        first, second = closed[..., 8 * arm : 8 * arm + 8].unbind(1)
+        commands = actions[..., 7 * arm : 7 * arm + 7]
+        hold = update_hold(update_hold(init_hold(first), first, commands), second, commands)
+        assert torch.equal(hold[:, :6], torch.cat([first[:, :3], second[:, :3]], dim=1))
         assert torch.equal(holds[:, 7 * arm : 7 * arm + 7], hold)
         torch.testing.assert_close(crops[:, 3 * arm : 3 * arm + 3], look_around(image, own[:, 0], seen, 8))
         moved = carried_motion(own[:, :1], own[:, 1:], hold[:, None].expand(-1, frames, -1), seen)
@@ -136,6 +146,7 @@ def test_the_conditions_of_two_arms_are_those_of_each(seed: int, batch: int, fra
         assert torch.equal(openings[..., arm], own[..., 6] - own[..., 7])
         alone.append(draw_action_frames(own, seen, 48))
     torch.testing.assert_close(drawn, torch.maximum(*alone))
+    assert (motion[:, :, 1::2, 2] != 1.0).all(), "what is held comes nearer or goes away"
 
 
 @pytest.fixture(scope="module")
@@ -237,27 +248,81 @@ def test_a_judge_of_two_arms_learns_from_the_second(tmp_path: Path) -> None:
         judge.score(None, np.zeros((1, 3, 8), np.float32), np.array([3]), ["x"], np.zeros((1, 384), np.float32))
 
 
-def test_an_environment_of_two_arms(pipeline: ProphetPipeline, starts: str) -> None:  # noqa: F811
+def test_an_environment_has_the_arms_of_its_suite(pipeline: ProphetPipeline, starts: str, tmp_path: Path) -> None:  # noqa: F811
     class Judge(FakeRewardModel):
         def score(self, frames, proprio, lengths, instructions, embeddings):  # type: ignore[no-untyped-def]
             assert proprio.shape[2] == 16
             return np.zeros(len(lengths), np.float32)
 
-    arguments = {"world_model": pipeline, "reward_model": Judge(), "start_states": starts, "suite": "libero_object"}
-    envs = ProphetVectorEnv(num_envs=2, **arguments)  # type: ignore[arg-type]
-    assert envs.single_action_space.shape == (8, 14)
-    assert envs.single_observation_space["proprio"].shape == (16,)  # type: ignore[index]
-    obs, _ = envs.reset(seed=0)
-    assert obs["proprio"][:, :8].any() and not obs["proprio"][:, 8:].any()  # LIBERO's robot has one
-    obs, *_ = envs.step(np.ones((2, 8, 14), np.float32))
-    assert not obs["proprio"][:, 8:].any()
+    arguments: dict[str, Any] = {"world_model": pipeline, "reward_model": Judge(), "num_envs": 2}
+    one = ProphetVectorEnv(suite="libero_object", start_states=starts, **arguments)
+    assert one.single_action_space.shape == (8, 7) and one.single_observation_space["proprio"].shape == (8,)
+    one.reset(seed=0)
+    first, *_ = one.step(np.ones((2, 8, 7), np.float32))
+    assert one.observation_space.contains(first)
+
+    row = load_start_states(starts).draw(np.random.default_rng(0), suite="libero_object", split="train")
+    path = tmp_path / "starts.parquet"
+    write_start_states([replace(row, suite="two_arm_lift", proprio=np.linspace(0, 1, 16, dtype=np.float32)), row], path)
+    two = ProphetVectorEnv(suite="two_arm_lift", start_states=path, **arguments)
+    assert two.single_action_space.shape == (8, 14) and two.single_observation_space["proprio"].shape == (16,)
     own = {
         "image": np.full((2, 96, 96, 3), 7, np.uint8),
         "proprio": np.linspace(0, 1, 32, dtype=np.float32).reshape(2, 16),
         "instruction": INSTRUCTIONS[:2],
     }
-    obs, _ = envs.reset(seed=0, options={"start": own})
-    np.testing.assert_array_equal(obs["proprio"], own["proprio"])
-    one_armed = ProphetVectorEnv(num_envs=2, **arguments | {"world_model": ProphetPipeline.tiny_random()})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has 16 numbers, and this world model has room for 8"):
-        one_armed.reset(options={"start": own})
+    for options in (None, {"start": own}):
+        before, _ = two.reset(seed=0, options=options)
+        after, *_ = two.step(np.ones((2, 8, 14), np.float32))
+        assert two.observation_space.contains(after)
+        assert (after["proprio"] != before["proprio"]).any(axis=0)[[0, 8]].all(), "both arms move"
+    with pytest.raises(ValueError, match="'two_arm_lift' has 2 arms in this world model, that of 'libero_object' 1"):
+        two.reset(options={"suite": "libero_object"})
+    with pytest.raises(ValueError, match="the start's proprioception 16 numbers, not 8 for each arm"):
+        one.reset(options={"start": own})
+
+    narrow = ProphetVectorEnv(
+        suite="libero_object",
+        start_states=starts,
+        num_envs=2,
+        world_model=ProphetPipeline.tiny_random(),
+        reward_model=FakeRewardModel(),
+    )
+    narrow.reset(seed=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        one.set_state(narrow.get_state())
+    one.step(np.ones((2, 8, 7), np.float32))  # as if nothing had been asked
+
+
+def test_demonstrations_of_two_arms_end_with_both_grippers_as_they_were(tmp_path: Path) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (5, 4, 14)).astype(np.float32)
+    actions[-1, -1, [6, 13]] = 1.0, 0.5
+    both = make_episode(
+        actions=actions,
+        proprio=np.zeros((6, 16), np.float32),
+        success=np.arange(6) > 3,
+        instruction=INSTRUCTIONS[0],
+        robot="two_pandas",
+    )
+    for name, episode, mask in (("both", both, 14), ("one", make_episode(instruction=INSTRUCTIONS[0]), 7)):
+        writer = make_writer(tmp_path / name, robot=episode.robot, action_mask=np.ones(mask, bool))
+        writer.write_episode(0, episode)
+        writer.finalize()
+    demonstrations = load_demonstrations([tmp_path / "both"], kinds=["clean"], split="train")
+    assert demonstrations.actions.shape[1:] == (8, 14)
+    tail = demonstrations.actions[:, 4:][np.abs(demonstrations.actions[:, 4:, 0]).max(1) == 0]
+    assert len(tail) and (tail[..., [6, 13]] == np.float32([1.0, 0.5])).all()
+    with pytest.raises(ValueError, match="a policy is of one robot"):
+        load_demonstrations([tmp_path / "both", tmp_path / "one"], kinds=["clean"], split="train")
+
+
+def test_members_of_two_arms_are_trained(pipeline: ProphetPipeline) -> None:
+    """A robot's missing arm stays where it is, and costs nothing."""
+    arrays = concatenate([two_armed(2), widened(episodes(2, seed=1))])
+    several = copy.copy(pipeline)
+    several.register_modules(proprioception=pipeline.proprioception.untrained(2))
+    loss, logs = proprioception_loss(several, arrays, 4, member=1)(0, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert loss.isfinite() and logs["position_error_mm"] > 0
+    assert several.proprioception.members[1].to_map.weight.grad is not None
+    assert several.proprioception.members[0].to_map.weight.grad is None

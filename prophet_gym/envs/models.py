@@ -22,9 +22,12 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_WORLD = ("init_state", "num_members", "arms", "chunk_size", "chunk_frames", "image_size", "action_dim")
+
+
 class Imagined(Protocol):
     """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), the proprioception at each of
-    them, float32 (B, chunk_frames, 8), history, state."""
+    them, float32 (B, chunk_frames, 8 K), history, state."""
 
     frames: torch.Tensor
     proprio: torch.Tensor
@@ -49,7 +52,10 @@ class WorldModel(Protocol):
 
     @property
     def action_dim(self) -> int:
-        """Numbers in one low-level action."""
+        """Numbers in one low-level action, 7 for each arm that a robot can have."""
+
+    def arms(self, suite: str) -> int:
+        """Arms of the robot of a suite; the numbers of others that a robot could have are zeros."""
 
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         """Images uint8 (B, H, W, 3) -> history, batch first."""
@@ -59,7 +65,7 @@ class WorldModel(Protocol):
         """Members of the ensemble that the world model is, 1 if it is none: each episode is one member's."""
 
     def init_state(self, proprio: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-        """Proprio float32 (B, 8) and members int64 (B,) -> state (B, S)."""
+        """Proprio float32 (B, 8 K) and members int64 (B,) -> state (B, S)."""
 
     def imagine(
         self,
@@ -81,7 +87,7 @@ class WorldModel(Protocol):
     def imagine_motion(
         self, state: torch.Tensor, actions: torch.Tensor, *, starts: NDArray[np.uint8], suites: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the proprioception does during one chunk, float32 (B, chunk_frames, 8), and the state after it.
+        """What the proprioception does during one chunk, float32 (B, chunk_frames, 8 K), and the state after it.
 
         :param starts: uint8 (B, H, W, 3), the first frames of these episodes.
         """
@@ -117,7 +123,7 @@ def resolve_models(
         reward = load_reward_model(reward_model, device)
     imagines = ("init_history", "imagine") if video else ("imagine_motion",)
     for model, needs in (
-        (world, (*imagines, "init_state", "num_members", "chunk_size", "chunk_frames", "image_size", "action_dim")),
+        (world, (*imagines, *_WORLD)),
         (reward, ("score", "threshold" if video else "motion_threshold")),
     ):
         if missing := [name for name in needs if getattr(model, name, None) is None]:

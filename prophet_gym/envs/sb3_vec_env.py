@@ -62,7 +62,7 @@ class ProphetVecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Take the actions (num_envs, chunk, 7) for :meth:`step_wait`."""
+        """Take the actions (num_envs, chunk, 7 an arm) for :meth:`step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:

@@ -33,7 +33,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     | Key | Space | Meaning |
     |---|---|---|
     | `image` | `Box(0, 255, (96, 96, 3), uint8)` | newest frame of the agentview camera, upright RGB |
-    | `proprio` | `Box(-10, 10, (8,), float32)` | state of the arm; after the start, Prophet's own estimate |
+    | `proprio` | `Box(-10, 10, (8,), float32)` | of each arm; after the start, Prophet's own estimate |
     | `instruction` | `Box(-1, 1, (384,), float32)` | sentence embedding (all-MiniLM-L6-v2) of the task |
 
     `proprio` is the end-effector's position (3, metres, world), its orientation as axis-angle (3, radians) and the

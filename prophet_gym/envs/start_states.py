@@ -91,6 +91,11 @@ class StartStates:
             what = f"it lacks the columns {missing}" if missing else "it has no rows"
             raise ValueError(f"{self.path} holds no start states: {what}. Write it with write_start_states.")
         self._rows = table.select(_SCHEMA.names).cast(_SCHEMA).to_pylist()
+        if wrong := [row for row, values in enumerate(self._rows) if not _is_proprio(np.array(values["proprio"]))]:
+            raise ValueError(
+                f"{self.path}, row {wrong[0]}: proprio must be {PROPRIO_DIM} numbers for each arm, got "
+                f"{self._rows[wrong[0]]['proprio']}. Write it with write_start_states."
+            )
         # suite -> task -> split -> {init_state: row}
         self._index: dict[str, dict[int, dict[str, dict[int, int]]]] = {}
         self._task_numbers: dict[tuple[str, str], int] = {}

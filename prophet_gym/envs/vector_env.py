@@ -13,6 +13,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from prophet_gym.data.episode import ACTION_DIM, ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM
 from prophet_gym.data.instructions import EMBEDDING_DIM
@@ -145,15 +146,22 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"model works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
             )
         self.num_envs = num_envs
-        proprio_dim = PROPRIO_DIM * (self.world_model.action_dim // ACTION_DIM)  # of all arms
+        if self.world_model.action_dim % ACTION_DIM:
+            raise ValueError(
+                f"An action has {ACTION_DIM} numbers for each arm, this world model's {self.world_model.action_dim}."
+            )
+        # Spaces are those of the suite's robot; inside, zeros stand for arms that others have.
+        self.num_arms = self.world_model.arms(suite)
+        self._arms = {suite: self.num_arms}
+        proprio_dim = PROPRIO_DIM * (self.world_model.action_dim // ACTION_DIM)
         entries: dict[str, gym.spaces.Space[Any]] = {
-            "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (proprio_dim,), np.float32),
+            "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM * self.num_arms,), np.float32),
             "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
         }
         if video:
             entries["image"] = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict(entries)
-        chunk = (self.world_model.chunk_size, self.world_model.action_dim)
+        chunk = (self.world_model.chunk_size, ACTION_DIM * self.num_arms)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, chunk, np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -238,7 +246,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     ) -> tuple[Observation, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Imagine one chunk in every env (an env that an autoreset begins anew ignores its action).
 
-        :param actions: float (num_envs, chunk, 7) in [-1, 1].
+        :param actions: float (num_envs, chunk, 7) in [-1, 1], 7 for each arm of the suite's robot.
         :raises ValueError: actions of a wrong shape, not numbers, not finite, or out of range.
         :raises gymnasium.error.ResetNeeded: before the first reset(), or after an episode's end without autoreset.
         """
@@ -315,14 +323,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Restore what :meth:`get_state` returned: the same actions then give the same future, bit for bit.
 
         :param state: of this env, or of another one with the same arguments.
-        :raises ValueError: the state of an env with another number of envs, frame size or longer episodes, or with
-            video where this one has none.
+        :raises ValueError: the state of an env with another number of envs or arms, frame size or longer episodes, or
+            with video where this one has none.
         """
         clips, proprio = state["clips"], state["proprio"]
         if (
             clips.shape[0] != self.num_envs
             or clips.shape[2:] != self._clips.shape[2:]
             or proprio.shape[1] > self._proprio.shape[1]
+            or proprio.shape[2] != self._proprio.shape[2]
             or (state["_history"] is not None) != self.video
         ):
             raise ValueError(
@@ -366,10 +375,14 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             start = self.start_states.draw(
                 self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
             )
-        if len(start.proprio) > self._proprio.shape[2]:
+        (suite,) = self._suites_of([start])
+        if suite not in self._arms:
+            self._arms[suite] = self.world_model.arms(suite)
+        if not len(start.proprio) == PROPRIO_DIM * self.num_arms == PROPRIO_DIM * self._arms[suite]:
             raise ValueError(
-                f"This start's proprioception has {len(start.proprio)} numbers, and this world model has room for "
-                f"{self._proprio.shape[2]} ({PROPRIO_DIM} an arm): pass a world_model of as many arms."
+                f"The robot of {self.suite!r} has {self.num_arms} arms in this world model, that of {suite!r} "
+                f"{self._arms[suite]}, and the start's proprioception {len(start.proprio)} numbers, not {PROPRIO_DIM} "
+                "for each arm: make an env of the start's suite with a world_model that was trained on it."
             )
         if member is None:
             member = int(self._member_rngs[i].integers(self.world_model.num_members))
@@ -411,15 +424,16 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """The starts of envs ``rows``, all of which have been reset."""
         return [start for start in (self._starts[i] for i in rows.tolist()) if start is not None]
 
-    def _suites_of(self, rows: NDArray[np.int64]) -> list[str]:
-        """The suites of envs ``rows``; a user's own start is taken for one of the suite that the env was made for."""
-        return [self.suite if start.suite == USER_SUITE else start.suite for start in self._starts_of(rows)]
+    def _suites_of(self, starts: Sequence[StartState]) -> list[str]:
+        """The suites of some starts; a user's own is taken for one of the suite that the env was made for."""
+        return [self.suite if start.suite == USER_SUITE else start.suite for start in starts]
 
     def _imagine(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> None:
         """Append one imagined chunk to the episodes of envs ``rows``."""
         assert self._state is not None  # reset() comes first
-        index, suites = torch.from_numpy(rows), self._suites_of(rows)
-        chunk_actions = torch.from_numpy(actions).to(self._state.device)
+        index, suites = torch.from_numpy(rows), self._suites_of(self._starts_of(rows))
+        absent = self.world_model.action_dim - actions.shape[2]
+        chunk_actions = F.pad(torch.from_numpy(actions), (0, absent)).to(self._state.device)
         new = self._lengths[rows, None] + np.arange(self.world_model.chunk_frames)
         if self.video:
             assert self._history is not None
@@ -462,7 +476,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
         )
-        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, self._suites_of(rows), self.video)
+        self._solved[rows] = self._probability[rows] >= thresholds(
+            self.reward_model, self._suites_of(self._starts_of(rows)), self.video
+        )
 
     def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         array = np.asarray(actions)
@@ -481,7 +497,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     def _observations(self) -> Observation:
         latest = np.arange(self.num_envs), self._lengths - 1
-        observations = {"proprio": self._proprio[latest], "instruction": self._embeddings.copy()}
+        proprio = self._proprio[latest][:, : PROPRIO_DIM * self.num_arms]
+        observations = {"proprio": proprio, "instruction": self._embeddings.copy()}
         return observations | ({"image": self._clips[latest]} if self.video else {})
 
     def _info(self, i: int) -> dict[str, Any]:

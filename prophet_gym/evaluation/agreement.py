@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,9 @@ def evaluate(
         results[suite] = {
             "splits": list(splits),
             "video": video,
-            "proprio": _proprio_report(proprio[:, 1:], true_proprio[:, 1:]),
+            "proprio": _proprio_report(
+                proprio[:, 1:], true_proprio[:, 1:], max(dataset.num_arms for dataset in held_out)
+            ),
             "actions": actions_report(pipeline, arrays, real, imagined, seed),
             "outcome": verdicts[-1].report(),
         }
@@ -227,9 +229,10 @@ def _moving_epe(imagined: list[NDArray[np.float32]], real: list[NDArray[np.float
     return float(np.concatenate(errors).mean())
 
 
-def _proprio_report(estimated: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """Errors of the end-effectors' estimated poses (N, T, P): means over whole episodes, and at their ends."""
-    estimated, true = (per_arm(poses, poses.shape[2] // PROPRIO_DIM) for poses in (estimated, true))
+def _proprio_report(estimated: torch.Tensor, true: torch.Tensor, num_arms: int) -> dict[str, float]:
+    """Errors of the end-effectors' estimated poses (N, T, P) of a robot's arms, without those that it lacks: means over
+    whole episodes, and at their ends."""
+    estimated, true = (per_arm(poses[..., : PROPRIO_DIM * num_arms], num_arms) for poses in (estimated, true))
     distance = 100 * (estimated - true)[..., :3].norm(dim=-1).double()  # cm
     turned = Rotation.from_rotvec(estimated[..., 3:6].reshape(-1, 3).numpy()).inv() * Rotation.from_rotvec(
         true[..., 3:6].reshape(-1, 3).numpy()
@@ -283,12 +286,15 @@ def _verdicts(
         real, imagined: frames (N, T + 1, H, W, 3) and proprioception (N, T + 1, P).
     """
     ends = frame_rows(arrays, torch.arange(len(arrays.records)), chunk_frames)[:, chunk_frames::chunk_frames]
+    training = load_arrays(datasets, "train", progress=False)  # actions of the arms that there are
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
         solved=arrays.success[ends].numpy(),
         real_frames=_judge(judge, arrays, *real, chunk_frames),
         imagined_frames=_judge(judge, arrays, *imagined, chunk_frames),
-        actions_only=predict_from_actions(load_arrays(datasets, "train", progress=False), arrays, chunk_frames),
+        actions_only=predict_from_actions(
+            training, replace(arrays, actions=arrays.actions[..., : training.actions.shape[2]]), chunk_frames
+        ),
         threshold=thresholds(judge, [record.suite for record in arrays.records]),
     )
 

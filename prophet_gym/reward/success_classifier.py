@@ -148,7 +148,15 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
 
         Returns:
             float (B, T); each depends on nothing later.
+
+        Raises:
+            ValueError: the proprioception is that of robots of another number of arms.
         """
+        if proprio.shape[2] != len(self.proprio_mean):
+            raise ValueError(
+                f"This judge was trained on proprioception of {len(self.proprio_mean)} numbers and got "
+                f"{proprio.shape[2]}: train one for this world model (`prophet train-reward --world-model`)."
+            )
         poses = (proprio - self.proprio_mean) / self.proprio_std
         opening = (finger_openings(proprio)[..., None] / proprio.new_tensor(FINGER_SCALES)).flatten(-2)
         motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1)
@@ -172,16 +180,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Calibrated success probabilities, see `RewardModel.score`.
-
-        Raises:
-            ValueError: the proprioception is that of robots of another number of arms.
-        """
-        if proprio.shape[2] != len(self.proprio_mean):
-            raise ValueError(
-                f"This judge was trained on proprioception of {len(self.proprio_mean)} numbers and got "
-                f"{proprio.shape[2]}: train one for robots of so many arms (`prophet train-reward`)."
-            )
+        """Calibrated success probabilities, see `RewardModel.score`."""
         rows = np.arange(len(lengths))
         motion, task = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings))
         moved = self.motion_logits(motion, task)[rows, lengths - 1]

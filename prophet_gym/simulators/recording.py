@@ -179,7 +179,13 @@ def record_episode(
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
-            chunk = policy.predict(observation)[0][0].reshape(CHUNK_SIZE, -1, ACTION_DIM)
+            chunk = policy.predict(observation)[0][0]
+            if chunk.shape != (CHUNK_SIZE, len(suite.robot.action_mask)):
+                raise ValueError(
+                    f"The policy's actions have shape {chunk.shape}, and {suite.robot.name!r} takes "
+                    f"{(CHUNK_SIZE, len(suite.robot.action_mask))}: give a policy of this robot."
+                )
+            chunk = chunk.reshape(CHUNK_SIZE, -1, ACTION_DIM)
             chunk[..., :6] += [[noise() for noise in noises] for _ in range(CHUNK_SIZE)]
             actions[step : step + CHUNK_SIZE] = chunk.reshape(CHUNK_SIZE, -1).clip(-1.0, 1.0) * suite.robot.action_mask
         simulation.step(actions[step].astype(np.float64))

@@ -109,7 +109,10 @@ def adapt(
     }
     for name, shape in expected.items():
         if (got := tuple(getattr(train_arrays, name).shape[1:])) != shape:
-            raise ValueError(f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}.")
+            raise ValueError(
+                f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}. (Where a robot has "
+                f"fewer arms, load them with num_arms={pipeline.num_arms}.)"
+            )
     if (finished := finished_pipeline(out, device)) is not None:
         return finished
     pipeline.to(device)

@@ -55,14 +55,12 @@ def proprioception_loss(
             error = state[:, :proprio_dim] - target
             scaled = error / model.delta_std[robot]
             # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
-            grip = F.smooth_l1_loss(
-                _log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1, reduction="none"
-            )
-            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip.sum(dim=1).mean())
+            grip = F.smooth_l1_loss(_log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1)
+            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip)
             if k < 3:
                 told = torch.cat([target, state[:, proprio_dim:]], dim=1)
                 state = torch.where(in_motion, told, state)
-        arms = per_arm(error, projection.shape[1])
+        arms = per_arm(error, pipeline.num_arms)[model.arm_mask[robot].flatten()]
         logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
         return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 

@@ -179,9 +179,9 @@ class ProphetPipeline(DiffusionPipeline):
             torch.nn.init.normal_(transformer.video_out.weight, std=0.1)
             torch.nn.init.normal_(transformer.action_embed.to_adaln.weight, std=0.1)
             return cls(
-                vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0), num_arms).eval(),
+                vae=ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0), num_arms=num_arms).eval(),
                 transformer=transformer.eval(),
-                proprioception=ProprioceptionModel(num_arms, hidden_dim=16, width=16, robots=robots).eval(),
+                proprioception=ProprioceptionModel(num_arms=num_arms, hidden_dim=16, width=16, robots=robots).eval(),
                 scheduler=FlowMatchEulerDiscreteScheduler(),
                 cameras={
                     "libero_object": [[-40.0, 115.0, -25.0, 53.0], [20.0, 0.0, -123.0, 62.0], [-0.8, 0.0, -0.5, 1.1]]
@@ -218,6 +218,10 @@ class ProphetPipeline(DiffusionPipeline):
     def num_arms(self) -> int:
         """Arms K that a robot can have."""
         return self.proprioception.config.num_arms
+
+    def arms(self, suite: str) -> int:
+        """Arms of the robot of a suite, the first ones of the K."""
+        return int(self.proprioception.arm_mask[self.robot([suite])].sum())
 
     @torch.inference_mode()
     def init_history(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:

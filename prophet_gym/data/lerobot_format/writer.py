@@ -81,7 +81,7 @@ class LeRobotWriter:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height < 1 or width < 1:
             raise ValueError(f"image_size must be positive, got {image_size}.")
-        if not action_mask or len(action_mask) % ACTION_DIM:
+        if len(action_mask) == 0 or len(action_mask) % ACTION_DIM:
             raise ValueError(f"action_mask must have {ACTION_DIM} values for each arm, got {list(action_mask)}.")
         self.root = Path(root)
         self.fps = int(fps)
