@@ -38,8 +38,9 @@ def imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> tuple[torch.Ten
     chosen = torch.arange(len(arrays.starts))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
     imagined, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, 0))
-    errors = (proprio - arrays.proprio[rows])[:, 1:].unflatten(2, (pipeline.num_arms, -1))[..., :3].norm(dim=-1)
-    error = 100 * errors.mean(2).numpy()
+    arms = (proprio - arrays.proprio[rows])[:, 1:].unflatten(2, (pipeline.num_arms, -1))
+    own = arms[:, :, : pipeline.arms(arrays.records[0].suite), :3]
+    error = 100 * own.norm(dim=-1).mean(2).numpy()
     scores = video_scores(imagined, arrays.frames[rows])
     return imagined, scores | {"end-effector (cm)": error.mean(1), "at the end (cm)": error[:, -1]}
 

@@ -36,6 +36,11 @@ class EpisodeArrays:
     lengths: Tensor
     records: tuple[EpisodeRecord, ...]
 
+    @property
+    def num_arms(self) -> int:
+        """The number K of arms that there is room for."""
+        return self.actions.shape[2] // ACTION_DIM
+
 
 def load_arrays(
     datasets: EpisodeDataset | Sequence[EpisodeDataset],
@@ -69,6 +74,7 @@ def load_arrays(
             f"{[str(dataset.root) for dataset in given if dataset.num_arms > num_arms]} are of robots of {arms} arms, "
             f"and there is room for {num_arms}: train a world model on them (`prophet train`)."
         )
+    arms = num_arms or arms
     chosen = given if split is None else [dataset.select(split=split) for dataset in given]
     sources = [(dataset, index) for dataset in chosen for index in range(len(dataset))]
     if not sources:
@@ -79,8 +85,8 @@ def load_arrays(
     total = int(lengths.sum())
     first = sources[0][0][sources[0][1]]
     frames = np.empty((total, *first.frames.shape[1:]), np.uint8)
-    proprio = np.zeros((total, (num_arms or arms) * PROPRIO_DIM), np.float32)
-    actions = np.zeros((total, first.frame_stride, (num_arms or arms) * ACTION_DIM), np.float32)
+    proprio = np.zeros((total, arms * PROPRIO_DIM), np.float32)
+    actions = np.zeros((total, first.frame_stride, arms * ACTION_DIM), np.float32)
     success = np.empty(total, np.bool_)
 
     def load(number: int) -> None:

@@ -22,9 +22,6 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-_WORLD = ("init_state", "num_members", "arms", "chunk_size", "chunk_frames", "image_size", "action_dim")
-
-
 class Imagined(Protocol):
     """What :meth:`WorldModel.imagine` returns: frames uint8 (B, chunk_frames, H, W, 3), the proprioception at each of
     them, float32 (B, chunk_frames, 8 K), history, state."""
@@ -122,8 +119,9 @@ def resolve_models(
     if isinstance(reward_model, str | Path):
         reward = load_reward_model(reward_model, device)
     imagines = ("init_history", "imagine") if video else ("imagine_motion",)
+    knows = ("num_members", "arms", "chunk_size", "chunk_frames", "image_size", "action_dim")
     for model, needs in (
-        (world, (*imagines, *_WORLD)),
+        (world, (*imagines, "init_state", *knows)),
         (reward, ("score", "threshold" if video else "motion_threshold")),
     ):
         if missing := [name for name in needs if getattr(model, name, None) is None]:

@@ -148,9 +148,7 @@ def evaluate(
         results[suite] = {
             "splits": list(splits),
             "video": video,
-            "proprio": _proprio_report(
-                proprio[:, 1:], true_proprio[:, 1:], max(dataset.num_arms for dataset in held_out)
-            ),
+            "proprio": _proprio_report(proprio[:, 1:], true_proprio[:, 1:], pipeline.arms(suite)),
             "actions": actions_report(pipeline, arrays, real, imagined, seed),
             "outcome": verdicts[-1].report(),
         }

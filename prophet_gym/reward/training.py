@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 from prophet_gym.data.clips import EpisodeArrays
-from prophet_gym.data.episode import ACTION_DIM
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.training import LossFn, fit
@@ -54,7 +53,7 @@ def train_success_classifier(
         if init is not None:
             classifier = copy.deepcopy(init).float()
         else:
-            classifier = SuccessClassifier(num_arms=motion_arrays.actions.shape[2] // ACTION_DIM)
+            classifier = SuccessClassifier(num_arms=motion_arrays.num_arms)
             classifier.proprio_mean.copy_(motion_arrays.proprio.mean(0))
             classifier.proprio_std.copy_(motion_arrays.proprio.std(0).clamp(min=0.01))
         classifier.to(device)

@@ -110,15 +110,8 @@ class LiberoSimulation:
         self._site = int(robot.eef_site_id)
         self._hand = self._model.body(robot.robot_model.eef_name).id
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes)
-        self._controller = OscPose(
-            self._model,
-            self._data,
-            site=self._site,
-            joint_qpos=_as_slice(robot._ref_joint_pos_indexes),
-            joint_qvel=_as_slice(robot._ref_joint_vel_indexes),
-            arm_actuators=_as_slice(robot._ref_joint_actuator_indexes),
-            gripper_actuators=_as_slice(robot._ref_joint_gripper_actuator_indexes),
-            rest_joints=np.array(robot.controller.initial_joint),
+        self._controller = OscPose.of_robot(
+            self._model, self._data, robot, rest_joints=np.array(robot.controller.initial_joint)
         )
         self._substeps = round(1.0 / (CONTROL_HZ * self._model.opt.timestep))
         self._roots = {name: int(body) for name, body in self._env.env.obj_body_id.items()}
@@ -281,7 +274,3 @@ class LiberoSimulation:
         for body in range(root + 1, model.nbody):  # parents come before their children
             inside[body] |= inside[model.body_parentid[body]]
         return np.flatnonzero(inside[model.geom_bodyid] & (model.geom_group == 0))
-
-
-def _as_slice(indices: list[int]) -> slice:
-    return slice(int(indices[0]), int(indices[-1]) + 1)

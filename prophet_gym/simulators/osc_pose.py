@@ -61,6 +61,20 @@ class OscPose:
         self._mass = np.zeros((model.nv, model.nv))
         self.reset()
 
+    @classmethod
+    def of_robot(cls, model: Any, data: Any, robot: Any, rest_joints: Array) -> OscPose:
+        """The controller of one of robosuite's single-armed robots; the other arguments are the constructor's."""
+        return cls(
+            model,
+            data,
+            site=int(robot.eef_site_id),
+            joint_qpos=_as_slice(robot._ref_joint_pos_indexes),
+            joint_qvel=_as_slice(robot._ref_joint_vel_indexes),
+            arm_actuators=_as_slice(robot._ref_joint_actuator_indexes),
+            gripper_actuators=_as_slice(robot._ref_joint_gripper_actuator_indexes),
+            rest_joints=rest_joints,
+        )
+
     def reset(self) -> None:
         """Forget the last goal: hold the present pose, fingers half open (robosuite's start)."""
         self._goal_pos = self._position()
@@ -114,6 +128,10 @@ class OscPose:
 
     def _rotation(self) -> Array:
         return self._data.site_xmat[self._site].reshape(3, 3).copy()
+
+
+def _as_slice(indices: list[int]) -> slice:
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
 def rotation_error(goal: Array, current: Array) -> Array:

@@ -75,17 +75,7 @@ class TwoArmSimulation:
         self._fingers = [np.array(robot._ref_gripper_joint_pos_indexes) for robot in robots]
         self._handles = [self._env.handle0_site_id, self._env.handle1_site_id]
         self._controllers = [
-            OscPose(
-                self._model,
-                self._data,
-                site=site,
-                joint_qpos=_as_slice(robot._ref_joint_pos_indexes),
-                joint_qvel=_as_slice(robot._ref_joint_vel_indexes),
-                arm_actuators=_as_slice(robot._ref_joint_actuator_indexes),
-                gripper_actuators=_as_slice(robot._ref_joint_gripper_actuator_indexes),
-                rest_joints=np.array(robot.init_qpos),
-            )
-            for robot, site in zip(robots, self._sites, strict=True)
+            OscPose.of_robot(self._model, self._data, robot, rest_joints=np.array(robot.init_qpos)) for robot in robots
         ]
         self._substeps = round(1.0 / (CONTROL_HZ * self._model.opt.timestep))
         aim_camera(self._model, CAMERA, CAMERA_POSITION, CAMERA_TARGET, CAMERA_FOVY)
@@ -165,7 +155,3 @@ class TwoArmSimulation:
         """Free the renderer and the simulation."""
         self._renderer.close()
         self._env.close()
-
-
-def _as_slice(indices: list[int]) -> slice:
-    return slice(int(indices[0]), int(indices[-1]) + 1)

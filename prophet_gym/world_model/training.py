@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays, subset
-from prophet_gym.data.episode import ACTION_DIM
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -292,7 +291,7 @@ def train(
     if (finished := finished_pipeline(out, device)) is not None:
         return finished
     stride = train_arrays.actions.shape[1]
-    arms = {"num_arms": train_arrays.actions.shape[2] // ACTION_DIM}
+    arms = {"num_arms": train_arrays.num_arms}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         models = recipe["models"]
