@@ -113,7 +113,8 @@ class FAGRPO(OnPolicyAlgorithm):
     :param bc_coef: weight of a flow-matching loss on ``demonstrations``; 0: off
     :param demonstrations: for bc_coef; not saved with the model
     :param max_grad_norm: gradient clipping
-    :param stats_window_size: episodes over which rollout statistics are averaged
+    :param stats_window_size: episodes over which SB3's statistics (rollout/success_rate, ...) are averaged. None: with
+        whole episodes those of one rollout, for the last to end are not like the others; with n_steps 100
     :param tensorboard_log: folder, or None
     :param policy_kwargs: of the policy class
     :param verbose: 0, 1 (info) or 2
@@ -163,7 +164,7 @@ class FAGRPO(OnPolicyAlgorithm):
         bc_coef: float = 0.0,
         demonstrations: Demonstrations | None = None,
         max_grad_norm: float = 1.0,
-        stats_window_size: int = 100,
+        stats_window_size: int | None = None,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         verbose: int = 0,
@@ -191,6 +192,7 @@ class FAGRPO(OnPolicyAlgorithm):
             "micro_batch_size": micro_batch_size,
             "n_epochs": n_epochs,
             "sde_window": sde_window,
+            "stats_window_size": stats_window_size,
         }
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -229,7 +231,7 @@ class FAGRPO(OnPolicyAlgorithm):
             max_grad_norm=max_grad_norm,
             use_sde=False,
             sde_sample_freq=-1,
-            stats_window_size=stats_window_size,
+            stats_window_size=stats_window_size or 100,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
@@ -241,6 +243,7 @@ class FAGRPO(OnPolicyAlgorithm):
         self.n_steps = n_steps
         self.group_size = group_size
         self.n_groups = n_groups
+        self.stats_window_size = stats_window_size
         self.max_episode_steps = max_episode_steps
         self.group_options = group_options
         self.batch_size = batch_size
@@ -724,6 +727,8 @@ class FAGRPO(OnPolicyAlgorithm):
         if self.kl_coef > 0 and self.reference_policy is None:
             self._make_reference()
         self._ratio_checked = self._lonely_groups = False
+        if self.stats_window_size is None and self.n_steps is None and self.env is not None:
+            self._stats_window_size = self._count_groups(self.env) * self.group_size
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         self._rollout_start = None  # a callback may have ended training amid a rollout, for good
         return self

@@ -319,6 +319,21 @@ def test_what_is_logged(cloned: FlowPolicy, flow_scale: str) -> None:
     assert all(row[f"train/flow_step_grad_norm_{k}"] > 0 for k in range(4))
 
 
+@pytest.mark.parametrize(("num_envs", "window"), [(256, None), (16, None), (16, 4)])
+def test_the_logged_success_rate_is_that_of_the_rollout(
+    cloned: FlowPolicy, num_envs: int, window: int | None
+) -> None:
+    """Failures are the last to end: a window shorter than the rollout would see little else."""
+    model, rows = train(cloned, 1, num_envs=num_envs, stats_window_size=window)
+    row = {key: value for part in rows for key, value in part.items()}
+    assert 0 < row["rollout/return_mean"] < 1
+    if window is None:
+        assert row["rollout/success_rate"] == pytest.approx(row["rollout/return_mean"])
+    else:
+        assert row["rollout/success_rate"] < row["rollout/return_mean"]
+    assert model.ep_info_buffer is not None and model.ep_info_buffer.maxlen == (window or num_envs)
+
+
 def test_a_window_of_stochastic_steps(cloned: FlowPolicy) -> None:
     model, rows = train(cloned, 1, sde_window=2, batch_size=None, n_epochs=1)
     samples = model.rollout_buffer.samples
