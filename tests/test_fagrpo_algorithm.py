@@ -320,9 +320,7 @@ def test_what_is_logged(cloned: FlowPolicy, flow_scale: str) -> None:
 
 
 @pytest.mark.parametrize(("num_envs", "window"), [(256, None), (16, None), (16, 4)])
-def test_the_logged_success_rate_is_that_of_the_rollout(
-    cloned: FlowPolicy, num_envs: int, window: int | None
-) -> None:
+def test_the_logged_success_rate_is_that_of_the_rollout(cloned: FlowPolicy, num_envs: int, window: int | None) -> None:
     """Failures are the last to end: a window shorter than the rollout would see little else."""
     model, rows = train(cloned, 1, num_envs=num_envs, stats_window_size=window)
     row = {key: value for part in rows for key, value in part.items()}
