@@ -34,10 +34,16 @@ def main() -> None:
         autoreset_mode="SameStep",
     )
     venv = VecMonitor(ProphetVecEnv(envs), info_keywords=("is_success",))
-    # Off-policy algorithms keep transitions in memory: an image is 27 kB, twice a transition.
-    memory = {"buffer_size": 10_000} if arguments.algorithm in ("SAC", "TD3") else {}
+    # Off-policy algorithms keep transitions in memory: an image is 27 kB, twice a transition. PPO's 2048 steps of every
+    # env before its first update would take most of an hour: an episode has 20.
+    settings = {"SAC": {"buffer_size": 10_000}, "TD3": {"buffer_size": 10_000}, "PPO": {"n_steps": 20}}
     model = getattr(stable_baselines3, arguments.algorithm)(
-        "MultiInputPolicy", venv, seed=arguments.seed, verbose=1, tensorboard_log=str(arguments.out), **memory
+        "MultiInputPolicy",
+        venv,
+        seed=arguments.seed,
+        verbose=1,
+        tensorboard_log=str(arguments.out),
+        **settings.get(arguments.algorithm, {}),
     )
     model.learn(arguments.timesteps, progress_bar=True)
     model.save(arguments.out / arguments.algorithm.lower())

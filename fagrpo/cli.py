@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
@@ -163,6 +164,8 @@ def train(arguments: argparse.Namespace) -> int:
         env_kwargs["video"] = False
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():  # SB3 would take the CPU
+        raise ValueError(f"--device {arguments.device}, but this torch finds no CUDA device")
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
     if checkpoints:
@@ -199,9 +202,16 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Without the default None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = _DefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fagrpo", description="Train flow-head policies: imitation, then FA-GRPO.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -263,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result: int = arguments.run(arguments)
         return result
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, gym.error.Error) as error:
         print(f"fagrpo {arguments.command}: {error}", file=sys.stderr)
         return 2
 

@@ -316,6 +316,12 @@ class FAGRPO(OnPolicyAlgorithm):
         self._start_rng = np.random.default_rng(start_seed)
 
     def _copy_initial_policy(self, initial: FlowPolicy) -> None:
+        used, given = initial.used_space, self.observation_space
+        if isinstance(used, spaces.Dict) and isinstance(given, spaces.Dict) and not used.keys() <= given.keys():
+            raise ValueError(
+                f"the given policy looks at {sorted(used.keys() - given.keys())}, which this environment does not "
+                f"observe; it has {sorted(given)}"
+            )
         # What it does not look at may differ, and so may bounds: a policy cloned from recordings does not know them.
         same_observations = _layout(initial.used_space) == _layout(self.policy.used_space)
         if not same_observations or initial.action_space != self.policy.action_space:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prophet_gym.registration import register_envs
 
 if TYPE_CHECKING:
+    from prophet_gym.envs.models import WEIGHTS
     from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
     from prophet_gym.envs.single_env import ProphetEnv
     from prophet_gym.envs.vector_env import ProphetVectorEnv
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "WEIGHTS",
     "LiberoEnv",
     "ProphetEnv",
     "ProphetPipeline",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "WEIGHTS": "prophet_gym.envs.models",
     "LiberoEnv": "prophet_gym.simulators.libero",
     "ProphetEnv": "prophet_gym.envs.single_env",
     "ProphetPipeline": "prophet_gym.world_model.pipeline",

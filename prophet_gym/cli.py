@@ -2,7 +2,11 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
+
+PRESETS = ("tiny", "brief", "base", "cosmos-2b", "debug")
+RECIPES = ("adapt", "extend", "motion", "debug")
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -130,12 +134,22 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
+class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Without the default None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the `prophet` command."""
+    formatter = _DefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="prophet", description="Record, train and evaluate learned robot simulators.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    record = commands.add_parser("record", help="record episodes of a real simulator as a LeRobot v3 data set")
+    record = commands.add_parser(
+        "record", help="record episodes of a real simulator as a LeRobot v3 data set", formatter_class=formatter
+    )
     record.add_argument(
         "--suite",
         required=True,
@@ -144,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--episodes", type=int, default=500)
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0)
-    record.add_argument("--workers", type=int, default=None, help="processes; all cores by default")
+    record.add_argument("--workers", type=int, default=None, help="processes; without it one for each core")
     record.add_argument(
         "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
     )
@@ -156,19 +170,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     record.set_defaults(run=_record)
 
-    train = commands.add_parser("train", help="train Prophet on data sets; the same command resumes a killed run")
+    train = commands.add_parser(
+        "train", help="train Prophet on data sets; the same command resumes a killed run", formatter_class=formatter
+    )
     train.add_argument("data", nargs="+", help="folders written by `prophet record`")
     train.add_argument(
         "--preset",
         default="tiny",
-        help="tiny (embedded, CPU), base (130M weights, one GPU), cosmos-2b (needs --pretrained), brief (tiny, for "
-        "as many steps as `adapt`) or debug (seconds)",
+        choices=PRESETS,
+        help="tiny (embedded, CPU), brief (tiny, for as many steps as `adapt`), base (130M weights, one "
+        "GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
     )
     train.add_argument("--episodes", type=int, default=None, help="at most this many training episodes, in all")
     train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument(
         "--action-streams",
         default="both",
+        choices=("both", "scalars", "frames"),
         help="how the transformer sees the actions: both, scalars (no camera is used at all) or frames",
     )
     train.add_argument("--out", required=True)
@@ -176,13 +194,18 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="cpu")
     train.set_defaults(run=_train)
 
-    adapt = commands.add_parser("adapt", help="adapt Prophet to a new suite or robot; the same command resumes")
+    adapt = commands.add_parser(
+        "adapt", help="adapt Prophet to a new suite or robot; the same command resumes", formatter_class=formatter
+    )
     adapt.add_argument("checkpoint", help="folder of a pipeline, or the name of a shipped one; it stays as it is")
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
     adapt.add_argument(
-        "--recipe", default="adapt", help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)"
+        "--recipe",
+        default="adapt",
+        choices=RECIPES,
+        help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)",
     )
     adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)
@@ -190,7 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("--device", default="cpu")
     adapt.set_defaults(run=_adapt)
 
-    reward = commands.add_parser("train-reward", help="train and calibrate the success classifier")
+    reward = commands.add_parser(
+        "train-reward", help="train and calibrate the success classifier", formatter_class=formatter
+    )
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
     reward.add_argument("--out", required=True)
     reward.add_argument("--steps", type=int, default=3000)
@@ -210,7 +235,9 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--device", default="cpu")
     reward.set_defaults(run=_train_reward)
 
-    evaluate = commands.add_parser("evaluate", help="video metrics and agreement of imagined with real outcomes")
+    evaluate = commands.add_parser(
+        "evaluate", help="video metrics and agreement of imagined with real outcomes", formatter_class=formatter
+    )
     evaluate.add_argument("checkpoint", help="folder of a pipeline, or the name of a shipped one")
     evaluate.add_argument("data", nargs="+", help="folders written by `prophet record`")
     evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
@@ -221,12 +248,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the `prophet` command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `prophet` command; user mistakes end with a message instead of a traceback, and 2."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"prophet {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":  # torchrun --nproc_per_node 2 -m prophet_gym.cli train ...
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import prophet_gym
@@ -248,7 +250,7 @@ def test_without_video_state_is_restored_and_nothing_can_be_seen(real: dict[str,
         ProphetVectorEnv(num_envs=3, **real).set_state(state)
     with pytest.raises(ValueError, match="video=True to see clips"):
         envs.clips()
-    with pytest.raises(ValueError, match=r"Unknown render_mode 'rgb_array'. Valid: \[None\]"):
+    with pytest.raises(TypeError, match="nothing to render: leave render_mode out"):
         ProphetVectorEnv(**real, video=False, render_mode="rgb_array")
 
 
@@ -652,6 +654,10 @@ def test_vec_env_errors(fake: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="got ProphetEnv"):
         ProphetVecEnv(ProphetEnv(**fake))  # type: ignore[arg-type]
     venv = sb3_env(fake, 2)
+    venv.set_options({"tsk": 1})
+    with pytest.raises(ValueError, match="Unknown reset options"):
+        venv.reset()
+    venv.reset()  # wrong options are forgotten
     with pytest.raises(ValueError, match="belongs to all 2 envs"):
         venv.set_attr("max_chunks", 3, indices=0)
     with pytest.raises(AttributeError, match="No per-env method 'get_state'"):
@@ -788,6 +794,53 @@ def test_step_before_reset(fake: dict[str, Any]) -> None:
 def test_bad_arguments(fake: dict[str, Any], arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ProphetEnv(**{**fake, **arguments})
+
+
+def test_a_reset_that_fails_changes_nothing(fake: dict[str, Any]) -> None:
+    """Neither the seeds, nor the episode, nor its instruction, whatever it is that fails."""
+    env = ProphetEnv(**fake)
+    obs, info = env.reset(seed=3)
+    image, proprio = np.zeros((96, 96, 3), np.uint8), np.zeros(8, np.float32)
+    start = {"image": image, "proprio": proprio, "instruction": "sing"}  # a sentence beyond the shipped table
+    for options, error in (({"task": 99}, ValueError), ({"start": start}, ImportError)):
+        with (
+            patch("prophet_gym.envs.start_states.embed_instructions", side_effect=ImportError),
+            pytest.raises(error),
+        ):
+            env.reset(seed=7, options=options)
+        assert env.np_random_seed == 3
+        np.testing.assert_array_equal(env.clip()[0], obs["image"])
+    after, _, _, _, later = env.step(np.zeros((8, 7), np.float32))
+    assert later["instruction"] == info["instruction"] and later["seed"] == 3
+    twin = ProphetEnv(**fake)
+    twin.reset(seed=3)
+    assert data_equivalence(after, twin.step(np.zeros((8, 7), np.float32))[0], exact=True)
+    assert data_equivalence(env.reset()[0], twin.reset()[0], exact=True)
+
+
+def test_the_random_stream_can_be_read_and_set_before_the_first_reset(fake: dict[str, Any]) -> None:
+    env, other = ProphetEnv(**fake), ProphetEnv(**fake)
+    seed = env.np_random_seed
+    assert env.reset()[1]["seed"] == seed
+    for one in (env, other):
+        one.np_random = np.random.default_rng(5)
+    assert env.np_random_seed == -1
+    starts = [
+        [(info["task"], info["init_state"]) for _, info in (one.reset() for _ in range(8))] for one in (env, other)
+    ]
+    assert starts[0] == starts[1] and len(set(starts[0])) > 1
+
+
+def test_numpy_numbers_are_numbers(fake: dict[str, Any]) -> None:
+    envs = ProphetVectorEnv(num_envs=np.int64(2), **{**fake, "max_chunks": np.int32(3)})  # type: ignore[arg-type]
+    assert envs.reset(seed=np.int64(4))[1]["seed"].tolist() == [4, 5]  # type: ignore[arg-type]
+
+
+def test_make_vec_env_of_sb3_without_video(real: dict[str, Any]) -> None:
+    """It asks for a render mode first."""
+    arguments = {**real, "video": False}
+    venv = make_vec_env("Prophet-LIBERO-v0", n_envs=2, env_kwargs=arguments)
+    assert "image" not in venv.reset()
 
 
 def test_bad_autoreset_mode(fake: dict[str, Any]) -> None:

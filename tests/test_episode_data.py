@@ -232,7 +232,7 @@ def test_parallel_writers_and_resume(tmp_path: Path) -> None:
     for total in (None, 4):
         with pytest.raises(FileNotFoundError, match="lacks 1 of 4 episodes, the first is 2"):
             writer.finalize(total)
-    with pytest.raises(FileNotFoundError, match="not finalized: run the same record command again"):
+    with pytest.raises(FileNotFoundError, match="unfinished recording, run the same record command again"):
         EpisodeDataset(tmp_path)
     write(2)
     writer.finalize(4)
@@ -263,7 +263,7 @@ def test_finalize_is_repeatable_and_extension_unfinalizes(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="total_episodes=4"):
         writer.finalize(3)
     writer.write_episode(4, make_episode(4))
-    with pytest.raises(FileNotFoundError, match="not finalized"):
+    with pytest.raises(FileNotFoundError, match=r"info\.json is absent"):
         EpisodeDataset(tmp_path)
     writer.finalize()
     assert len(EpisodeDataset(tmp_path)) == 5

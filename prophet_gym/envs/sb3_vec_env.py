@@ -55,10 +55,12 @@ class ProphetVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Begin an episode in every env, with the seeds and options set since the last reset."""
-        obs, infos = self.envs.reset(seed=self._seeds, options=self._options)
+        try:
+            obs, infos = self.envs.reset(seed=self._seeds, options=self._options)
+        finally:  # wrong options are not to spoil the next reset
+            self._reset_seeds()
+            self._reset_options()
         self.reset_infos = [_of_env(infos, i) for i in range(self.num_envs)]
-        self._reset_seeds()
-        self._reset_options()
         return obs
 
     def step_async(self, actions: NDArray[np.float32]) -> None:

@@ -137,16 +137,32 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
 
+    @property  # type: ignore[override]
+    def np_random(self) -> np.random.Generator:
+        """The random stream from which starts are drawn."""
+        return self.envs.np_random[0]
+
+    @np_random.setter
+    def np_random(self, value: np.random.Generator) -> None:
+        self.envs._rngs[0], self.envs._seeds[0] = value, -1
+
+    @property
+    def np_random_seed(self) -> int:
+        """The seed of the random stream, -1 if it is unknown."""
+        return self.envs.np_random_seed[0]
+
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin a new episode; options: "Starting state" above, errors: :meth:`ProphetVectorEnv.reset`."""
         obs, infos = self.envs.reset(seed=[seed], options=[options or {}])
-        self._np_random, self._np_random_seed = self.envs.np_random[0], self.envs.np_random_seed[0]
+        self._np_random = self.np_random  # Gymnasium's checker looks here
         return _first(obs), _first(infos)
 
     def step(self, action: NDArray[np.float32]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Imagine one chunk of actions, float (8, 7) in [-1, 1]; see :meth:`ProphetVectorEnv.step` for the errors."""
+        if np.shape(action) != self.action_space.shape:
+            raise ValueError(f"An action has shape {self.action_space.shape}, got {np.shape(action)}.")
         obs, rewards, terminated, truncated, infos = self.envs.step(np.asarray(action)[None])
         return _first(obs), float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _first(infos)
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from prophet_gym.data.episode import PROPRIO_DIM, SPLITS, Episode
+from prophet_gym.data.episode import PROPRIO_BOUND, PROPRIO_DIM, SPLITS, Episode
 from prophet_gym.data.instructions import embed_instructions
 
 DEFAULT_PATH = Path(__file__).parents[1] / "weights" / "start_states.parquet"
@@ -119,7 +119,10 @@ class StartStates:
         :raises ValueError: unknown suite or split, or no starts of this split.
         """
         if suite not in self._index:
-            raise ValueError(f"Unknown suite {suite!r}. Valid suites: {self.suites}.")
+            raise ValueError(
+                f"Unknown suite {suite!r}. Valid suites: {self.suites}, of which {self.path.name} has starts. For "
+                "another one write its starts (`write_start_states`, docs/environments.md) and pass start_states=PATH."
+            )
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}. Valid splits: {list(SPLITS)}.")
         tasks = sorted(task for task, by_split in self._index[suite].items() if split in by_split)
@@ -217,7 +220,8 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
     :param instruction: the task in words.
     :param image_size: pixels per side of the world model's frames.
     :raises TypeError: the image is not uint8, or the instruction not a str.
-    :raises ValueError: a wrong shape, a non-square image, NaN or infinite proprioception, an empty instruction.
+    :raises ValueError: a wrong shape, a non-square image, proprioception that is not finite or out of bounds, an empty
+        instruction.
     """
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8:
@@ -244,8 +248,11 @@ def user_start(image: ArrayLike, proprio: ArrayLike, instruction: str, *, image_
             "further arm: end-effector position (3, m), axis-angle (3, rad), gripper fingers (2, m). Got "
             f"{state.dtype} {state.shape}."
         )
-    if not np.isfinite(state).all():
-        raise ValueError(f"start['proprio'] must be finite, got {state}.")
+    if not (np.abs(state) <= PROPRIO_BOUND).all():
+        raise ValueError(
+            f"start['proprio'] must be finite and within {PROPRIO_BOUND} m and rad of zero, got {state}: are its units "
+            "millimetres or degrees?"
+        )
     if not isinstance(instruction, str):
         raise TypeError(f"start['instruction'] must be a str per env, got {type(instruction).__name__}.")
     if not instruction.strip():
@@ -295,16 +302,17 @@ class ResetRequest:
             if any(size != sizes[0] for size in sizes):
                 raise ValueError(f"The envs of one reset must agree on group_size, got {sizes}.")
             group_size = sizes[0]
-        for one in per_env:
-            _check_names(one)
+            for one in per_env:
+                _check_names(one, ("group_size",))
         _check_groups(group_size, mask, per_env)
         return cls(mask, int(group_size), per_env)
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
+def _check_names(options: Mapping[str, Any], taken: Sequence[str]) -> None:
+    """:param taken: further options, which have been taken out already"""
     unknown = sorted(set(options) - _TABLE_KEYS - {"member", "start"})
     if unknown:
-        valid = [*sorted(_TABLE_KEYS), "member", "start", "group_size", "reset_mask"]
+        valid = [*sorted(_TABLE_KEYS), "member", "start", *taken]
         raise ValueError(f"Unknown reset options {unknown}. Valid options: {valid}.")
     if "start" not in options:
         return
@@ -323,7 +331,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 def _spread(options: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
     """One dict of single-env options per env, from options whose values are shared or have one entry per env."""
-    _check_names(options)
+    _check_names(options, ("group_size", "reset_mask"))
     per_env: list[dict[str, Any]] = [{} for _ in range(num_envs)]
     for name, value in options.items():
         if name == "start":

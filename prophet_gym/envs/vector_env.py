@@ -111,12 +111,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     ) -> None:
         if not video:
             self.metadata = {**self.metadata, "render_modes": []}
+            if render_mode is not None:
+                # A TypeError, as of an env without render modes: Stable-Baselines3's make_vec_env then does without.
+                raise TypeError("video=False imagines nothing to render: leave render_mode out, or video=False.")
         for name, value in (
             ("num_envs", num_envs),
             ("max_chunks", max_chunks),
             ("num_sampling_steps", num_sampling_steps),
         ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
                 raise ValueError(f"{name} must be a positive int, got {value!r}.")
         for name, choice, choices in (
             ("reward_type", reward_type, REWARD_TYPES),
@@ -145,7 +148,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"{self.start_states.path} holds images of {self.start_states.image_size} pixels a side and this world "
                 f"model works at {size}: pass start_states=PATH of starts recorded at {size} pixels."
             )
-        self.num_envs = num_envs
+        self.num_envs = int(num_envs)
         if self.world_model.action_dim % ACTION_DIM:
             raise ValueError(
                 f"An action has {ACTION_DIM} numbers for each arm, this world model's {self.world_model.action_dim}."
@@ -221,20 +224,27 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         :raises ValueError, TypeError: an unknown or contradictory option, a wrong mask, start, suite, task, init_state,
             member.
         :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
+
+        A reset that raises leaves episodes and seeds as they were.
         """
         request = ResetRequest.parse(options, self.num_envs)
-        if isinstance(seed, int):
-            seed = [seed + i for i in range(self.num_envs)]
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + i for i in range(self.num_envs)]
         if seed is not None and len(seed) != self.num_envs:
             raise ValueError(f"A list of seeds needs one per env ({self.num_envs}), got {len(seed)}.")
         rows = np.flatnonzero(request.mask)
         if any(self._starts[i] is None for i in np.flatnonzero(~request.mask).tolist()):
             raise gym.error.ResetNeeded("The first reset() must reset every env: leave 'reset_mask' out.")
         starts: dict[int, tuple[StartState, int]] = {}
-        for i in rows.tolist():
-            self._rng(i, None if seed is None else seed[i])
-            leader = i - i % request.group_size
-            starts[i] = starts[leader] if leader in starts else self._choose_start(i, request.per_env[i])
+        streams = [list(of_envs) for of_envs in (self._rngs, self._seeds, self._member_rngs, self._noise)]
+        try:
+            for i in rows.tolist():
+                self._rng(i, None if seed is None else seed[i])
+                leader = i - i % request.group_size
+                starts[i] = starts[leader] if leader in starts else self._choose_start(i, request.per_env[i])
+        except Exception:
+            self._rngs, self._seeds, self._member_rngs, self._noise = streams
+            raise
         self._begin(rows, list(starts.values()))
         infos: dict[str, Any] = {}
         for i in rows.tolist():
@@ -256,8 +266,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         begin = self._done & ~self.paused
         if self.autoreset_mode is AutoresetMode.DISABLED and begin.any():
             raise gym.error.ResetNeeded(
-                f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset(), for them alone with "
-                "options={'reset_mask': ...}."
+                f"The episodes of envs {np.flatnonzero(begin).tolist()} are over: call reset() (of a vector env, for "
+                "them alone with options={'reset_mask': ...})."
             )
         rows = np.flatnonzero(~begin & ~self.paused)
         actions = self._check_actions(actions, rows)
@@ -356,7 +366,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 seed = int(np.random.SeedSequence().generate_state(1)[0])
             rng, self._seeds[i] = seeding.np_random(seed)
             noise_seed, member_seed = rng.bit_generator.seed_seq.spawn(2)  # type: ignore[attr-defined]
-            self._noise[i].manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
+            self._noise[i] = torch.Generator().manual_seed(int(noise_seed.generate_state(1, np.uint64)[0]))
             self._member_rngs[i] = np.random.default_rng(member_seed)
             self._rngs[i] = rng
         return rng
@@ -386,6 +396,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             )
         if member is None:
             member = int(self._member_rngs[i].integers(self.world_model.num_members))
+        instruction_embedding(start.instruction)  # cached; raises while nothing has changed
         return start, member
 
     def _check_member(self, member: Any) -> int | None:

@@ -353,7 +353,8 @@ def _load_info(root: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no data set folder {root}.")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{root} is not finalized: run the same record command again to resume ({path} is absent)."
+            f"{path} is absent: if {root} is the folder of an unfinished recording, run the same record command again "
+            "to resume it; otherwise it is no data set."
         )
     info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     version = str(info.get("codebase_version"))
