@@ -4,6 +4,6 @@ from fagrpo.demonstrations import Demonstrations
 from fagrpo.fagrpo import FAGRPO
 from fagrpo.flow_head import FlowHead
 from fagrpo.imitation import behaviour_cloning
-from fagrpo.policies import FlowPolicy
+from fagrpo.policies import FlowPolicy, average_policies
 
-__all__ = ["FAGRPO", "Demonstrations", "FlowHead", "FlowPolicy", "behaviour_cloning"]
+__all__ = ["FAGRPO", "Demonstrations", "FlowHead", "FlowPolicy", "average_policies", "behaviour_cloning"]

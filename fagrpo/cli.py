@@ -18,7 +18,7 @@ from fagrpo.demonstrations import Demonstrations
 from fagrpo.fagrpo import FAGRPO, FLOW_SCALES
 from fagrpo.imitation import behaviour_cloning
 from fagrpo.objective import PLACEMENTS, RATIOS
-from fagrpo.policies import FlowPolicy
+from fagrpo.policies import FlowPolicy, average_policies
 
 CHUNK = 8
 
@@ -202,6 +202,15 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def average(arguments: argparse.Namespace) -> int:
+    """Average the weights of policies."""
+    average_policies([FlowPolicy.from_safetensors(path) for path in arguments.policies]).export_safetensors(
+        arguments.out
+    )
+    print(f"Policy written to {arguments.out}")
+    return 0
+
+
 class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Without the default None."""
 
@@ -263,6 +272,13 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--device", default="auto")
     learn.add_argument("--quiet", action="store_true", help="no progress bar")
     learn.set_defaults(run=train)
+
+    mean = commands.add_parser(
+        "average", help="average the weights of policies that were post-trained from one, with several seeds"
+    )
+    mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`")
+    mean.add_argument("--out", type=Path, required=True, help="folder for the policy")
+    mean.set_defaults(run=average)
     return parser
 
 

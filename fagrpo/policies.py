@@ -371,6 +371,36 @@ class FlowPolicy(BasePolicy):
         return policy.to(device)
 
 
+def average_policies(policies: Sequence[FlowPolicy]) -> FlowPolicy:
+    """A policy whose weights are the mean of those of policies that were all fine-tuned from one: a model soup
+    (Wortsman et al. 2022, arXiv 2203.05482).
+
+    Seeds of one post-training have in common what pays, and each has found errors of the simulator of its own.
+
+    :param policies: one or more, of the same spaces and make; they stay as they are
+    :return: a new policy, on the CPU
+    :raises ValueError: no policy, or policies of different makes
+    """
+    if not policies:
+        raise ValueError("nothing to average: give at least one policy")
+    first = policies[0]
+    for index, policy in enumerate(policies):
+        if type(policy) is not type(first) or _make(policy) != _make(first):
+            raise ValueError(
+                f"policies 0 and {index} differ in spaces or make: average what was fine-tuned from one policy"
+            )
+    states = [policy.state_dict() for policy in policies]
+    average = type(first)(first.observation_space, first.action_space, **first.constructor_kwargs)
+    average.load_state_dict(
+        {key: torch.stack([state[key].cpu().double() for state in states]).mean(0) for key in states[0]}
+    )
+    return average
+
+
+def _make(policy: FlowPolicy) -> tuple[Any, ...]:
+    return policy.observation_space, policy.action_space, policy.constructor_kwargs
+
+
 def _fill_up(value: Tensor, min_rows: int) -> Tensor:
     """Repeat the last row until there are min_rows."""
     missing = min_rows - len(value)

@@ -12,7 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from fagrpo import FAGRPO, FlowHead, FlowPolicy
+from fagrpo import FAGRPO, FlowHead, FlowPolicy, average_policies
+from fagrpo.cli import main
 from fagrpo.flow_sde import score_chain
 
 ROBOT = spaces.Dict(
@@ -198,6 +199,33 @@ def test_the_same_policy_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         perturb(FlowPolicy(ROBOT, CHUNK, **SMALL)).export_safetensors(tmp_path / name)
     assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+def test_policies_are_averaged_weight_by_weight(tmp_path: Path) -> None:
+    first, second = (FlowPolicy(ROBOT, CHUNK, **SMALL) for _ in range(2))
+    second.load_state_dict({key: value + 2.0 for key, value in first.state_dict().items()})
+    average = average_policies([first, second])
+    for key, value in first.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[key], value + 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(
+        average_policies([first]).state_dict().values(), first.state_dict().values(), strict=True
+    ))  # fmt: skip
+    for name, policy in (("a", first), ("b", second)):
+        policy.export_safetensors(tmp_path / name)
+    assert main(["average", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "mean")]) == 0
+    loaded = FlowPolicy.from_safetensors(tmp_path / "mean")
+    for key, value in average.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value)
+
+
+def test_policies_of_different_makes_are_not_averaged() -> None:
+    policy = FlowPolicy(ROBOT, CHUNK, **SMALL)
+    with pytest.raises(ValueError, match="at least one policy"):
+        average_policies([])
+    with pytest.raises(ValueError, match="policies 0 and 1 differ"):
+        average_policies([policy, FlowPolicy(ROBOT, CHUNK, **{**SMALL, "num_flow_steps": 4})])
+    with pytest.raises(ValueError, match="policies 0 and 2 differ"):
+        average_policies([policy, policy, FlowPolicy(ROBOT, spaces.Box(-1, 1, (3,)), **SMALL)])
 
 
 def damaged_config(folder: Path) -> None:
