@@ -203,10 +203,12 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def average(arguments: argparse.Namespace) -> int:
-    """Average the weights of policies."""
-    average_policies([FlowPolicy.from_safetensors(path) for path in arguments.policies]).export_safetensors(
-        arguments.out
-    )
+    """Average the weights of policies, each a folder or a checkpoint."""
+    policies = [
+        FAGRPO.load(path, device="cpu").policy if path.suffix == ".zip" else FlowPolicy.from_safetensors(path)
+        for path in arguments.policies
+    ]
+    average_policies(policies).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     return 0
 
@@ -274,9 +276,9 @@ def build_parser() -> argparse.ArgumentParser:
     learn.set_defaults(run=train)
 
     mean = commands.add_parser(
-        "average", help="average the weights of policies that were post-trained from one, with several seeds"
+        "average", help="average the weights of policies that were post-trained from one: of seeds, of checkpoints"
     )
-    mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`")
+    mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`, or its checkpoints")
     mean.add_argument("--out", type=Path, required=True, help="folder for the policy")
     mean.set_defaults(run=average)
     return parser

@@ -376,8 +376,10 @@ def average_policies(policies: Sequence[FlowPolicy]) -> FlowPolicy:
     (Wortsman et al. 2022, arXiv 2203.05482).
 
     Seeds of one post-training have in common what pays, and each has found errors of the simulator of its own.
+    Checkpoints of one run differ by the noise of its updates.
 
-    :param policies: one or more, of the same spaces and make; they stay as they are
+    :param policies: one or more, of the same spaces (whatever the bounds of observations) and make; they stay as they
+        are
     :return: a new policy, on the CPU
     :raises ValueError: no policy, or policies of different makes
     """
@@ -398,7 +400,8 @@ def average_policies(policies: Sequence[FlowPolicy]) -> FlowPolicy:
 
 
 def _make(policy: FlowPolicy) -> tuple[Any, ...]:
-    return policy.observation_space, policy.action_space, policy.constructor_kwargs
+    shapes = {key: value.shape for key, value in policy.state_dict().items()}
+    return shapes, policy.action_space, policy.constructor_kwargs
 
 
 def _fill_up(value: Tensor, min_rows: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
 
-from fagrpo import FlowPolicy
+from fagrpo import FAGRPO, FlowPolicy
 from fagrpo.cli import build_parser, main
 
 
@@ -33,6 +33,13 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     second = FlowPolicy.from_safetensors(tmp_path / "rl")
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert np.isfinite(second.predict(env.observation_space.sample())[0]).all()
+
+    checkpoints = [str(tmp_path / "rl" / f"checkpoint_{steps}_steps.zip") for steps in (400, 800)]
+    assert main(["average", *checkpoints, str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]) == 0
+    mean = FlowPolicy.from_safetensors(tmp_path / "mean")
+    parts = [FAGRPO.load(path).policy.state_dict() for path in checkpoints] + [second.state_dict()]
+    for key, value in mean.state_dict().items():
+        torch.testing.assert_close(value, sum(part[key] for part in parts) / 3)
 
 
 def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
