@@ -100,11 +100,12 @@ def main() -> None:
             policy, suite, many, video=False
         )
         # Part of what is gained is gained by sampling less widely; this is the rest.
-        simulators["the same, deterministic"] = lambda policy, suite, _: evaluate_in_prophet(
+        simulators["Prophet without video, deterministic"] = lambda policy, suite, _: evaluate_in_prophet(
             policy, suite, starts_of(range(10), SPLITS["val"]), video=False, deterministic=True
         )
     if find_spec("libero") and not arguments.prophet_only:
         simulators["LIBERO (real)"] = evaluate_in_libero
+        simulators["LIBERO (real), deterministic"] = partial(evaluate_in_libero, deterministic=True)
     before = {name: evaluate(policy, arguments.suite, starts) for name, evaluate in simulators.items()}
 
     envs = gym.make_vec(
@@ -142,7 +143,7 @@ def main() -> None:
 
 def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[float], out: Path) -> None:
     """Print the table; write results.json, the learning curve and the videos."""
-    table = Table(title="Success on validation starts, sampled actions [95% interval] of episodes")
+    table = Table(title="Success on validation starts [95% interval] of episodes, actions sampled unless deterministic")
     for column in ("simulator", "cloned policy", "after FA-GRPO in Prophet"):
         table.add_column(column)
     for name in before:
@@ -170,7 +171,7 @@ def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[
     figure.savefig(out / "learning_curve.png", dpi=120)
 
     for name in before:
-        if not before[name].videos:
+        if not before[name].videos or name.endswith("deterministic"):
             continue
         # Upper row before, lower row after; a column per task.
         length = max(len(video) for run in (before[name], after[name]) for video in run.videos)

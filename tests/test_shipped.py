@@ -121,5 +121,6 @@ def test_the_quickstart(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["success"]["Prophet without video"]["before"]) == 200
     assert len(results["success"]["Prophet"]["after"]) == 50 and len(results["training_curve"]) >= 1
+    assert len(results["success"]["Prophet without video, deterministic"]["after"]) == 50
     for name in ("learning_curve.png", "before_after_prophet.mp4", "policy/model.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000
