@@ -385,13 +385,13 @@ def average_policies(policies: Sequence[FlowPolicy]) -> FlowPolicy:
     """
     if not policies:
         raise ValueError("nothing to average: give at least one policy")
-    first = policies[0]
-    for index, policy in enumerate(policies):
-        if type(policy) is not type(first) or _make(policy) != _make(first):
+    makes = [_make(policy) for policy in policies]
+    for index, make in enumerate(makes):
+        if make != makes[0]:
             raise ValueError(
                 f"policies 0 and {index} differ in spaces or make: average what was fine-tuned from one policy"
             )
-    states = [policy.state_dict() for policy in policies]
+    first, states = policies[0], [policy.state_dict() for policy in policies]
     average = type(first)(first.observation_space, first.action_space, **first.constructor_kwargs)
     average.load_state_dict(
         {key: torch.stack([state[key].cpu().double() for state in states]).mean(0) for key in states[0]}
@@ -401,7 +401,7 @@ def average_policies(policies: Sequence[FlowPolicy]) -> FlowPolicy:
 
 def _make(policy: FlowPolicy) -> tuple[Any, ...]:
     shapes = {key: value.shape for key, value in policy.state_dict().items()}
-    return shapes, policy.action_space, policy.constructor_kwargs
+    return type(policy), shapes, policy.action_space, policy.constructor_kwargs
 
 
 def _fill_up(value: Tensor, min_rows: int) -> Tensor:
