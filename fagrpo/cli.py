@@ -186,6 +186,7 @@ def train(arguments: argparse.Namespace) -> int:
             sde_window=arguments.sde_window,
             kl_coef=arguments.kl_coef,
             target_kl=arguments.target_kl,
+            ema_decay=arguments.ema_decay,
             tensorboard_log=str(arguments.out / "tensorboard"),
             verbose=1,
             seed=arguments.seed,
@@ -196,7 +197,7 @@ def train(arguments: argparse.Namespace) -> int:
         every = max(1, arguments.checkpoint_every // arguments.num_envs)
         callback = CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint")
         model.learn(remaining, callback, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
-    model.policy.export_safetensors(arguments.out)
+    (model.average_policy or model.policy).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     env.close()
     return 0
@@ -269,6 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--sde-window", type=int, help="stochastic flow steps of each rollout; all by default")
     learn.add_argument("--kl-coef", type=float, default=0.0)
     learn.add_argument("--target-kl", type=float, help="end an update beyond 1.5 times this approximate KL")
+    learn.add_argument(
+        "--ema-decay", type=float, default=0.0, help="of an average of the weights over updates, which is then written"
+    )
     learn.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument("--device", default="auto")

@@ -20,6 +20,7 @@ from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fagrpo.demonstrations import Demonstrations, observation_batch
 from fagrpo.flow_scale import equalizing_weights, flow_scale_weights
@@ -112,6 +113,9 @@ class FAGRPO(OnPolicyAlgorithm):
     :param action_mask: bool array of the action's shape, False for padding dimensions, which are not scored
     :param bc_coef: weight of a flow-matching loss on ``demonstrations``; 0: off
     :param demonstrations: for bc_coef; not saved with the model
+    :param ema_decay: decay of an exponential moving average of the policy's weights, one step per update, in [0, 1):
+        :attr:`average_policy`, in which the noise of single updates has averaged out; it spans about 1 / (1 - ema_decay)
+        rollouts. 0: none
     :param max_grad_norm: gradient clipping
     :param stats_window_size: episodes over which SB3's statistics (rollout/success_rate, ...) are averaged. None: with
         whole episodes those of one rollout, for the last to end are not like the others; with n_steps 100
@@ -163,6 +167,7 @@ class FAGRPO(OnPolicyAlgorithm):
         action_mask: np.ndarray | None = None,
         bc_coef: float = 0.0,
         demonstrations: Demonstrations | None = None,
+        ema_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         stats_window_size: int | None = None,
         tensorboard_log: str | None = None,
@@ -205,6 +210,8 @@ class FAGRPO(OnPolicyAlgorithm):
             )
         if dual_clip is not None and not dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         if bc_coef > 0 and demonstrations is None:
             raise ValueError("bc_coef > 0 needs demonstrations")
         if group_options is not None and n_steps is not None:
@@ -266,6 +273,8 @@ class FAGRPO(OnPolicyAlgorithm):
         self.action_mask = None if action_mask is None else np.asarray(action_mask, dtype=bool)
         self.bc_coef = bc_coef
         self.demonstrations = demonstrations
+        self.ema_decay = ema_decay
+        self._ema: AveragedModel | None = None
         self.reference_policy: FlowPolicy | None = None
         self._has_reference = False
         self._ratio_checked = False
@@ -294,6 +303,11 @@ class FAGRPO(OnPolicyAlgorithm):
         if self._initial_policy is not None:
             self._copy_initial_policy(self._initial_policy)
         self.policy = self.policy.to(self.device)
+        if self.ema_decay:
+            self._ema = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+            self._ema.update_parameters(self.policy)  # the first one copies: the average begins at the given policy
+            self._ema.requires_grad_(False)
+            self._ema.module.set_training_mode(False)
         if self._has_reference:
             self._make_reference()
         if self.action_mask is not None and self.action_mask.shape != self.policy.action_shape:
@@ -337,6 +351,11 @@ class FAGRPO(OnPolicyAlgorithm):
         self.reference_policy.requires_grad_(False)
         self.reference_policy.set_training_mode(False)
         self._has_reference = True
+
+    @property
+    def average_policy(self) -> FlowPolicy | None:
+        """The policy with the moving average of the weights; None without ``ema_decay``."""
+        return None if self._ema is None else cast(FlowPolicy, self._ema.module)
 
     def _count_groups(self, env: VecEnv) -> int:
         n_groups = self.n_groups or math.lcm(env.num_envs, self.group_size) // self.group_size
@@ -602,6 +621,8 @@ class FAGRPO(OnPolicyAlgorithm):
                     print(f"Early stopping of the update: approximate KL {statistics[-1]['approx_kl']:.3f}")
                 break
         self.policy.optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update_parameters(self.policy)
         self._rollout_start = None
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -794,6 +815,7 @@ class FAGRPO(OnPolicyAlgorithm):
         return [
             *super()._excluded_save_params(),
             "reference_policy",
+            "_ema",
             "demonstrations",
             "_generator",
             "_start_rng",
@@ -803,6 +825,5 @@ class FAGRPO(OnPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "policy.optimizer"]
-        if self.reference_policy is not None:
-            state_dicts.append("reference_policy")
+        state_dicts += [name for name in ("reference_policy", "_ema") if getattr(self, name) is not None]
         return state_dicts, []

@@ -771,3 +771,25 @@ def test_a_reference_policy_comes_with_the_parameters(cloned: FlowPolicy) -> Non
     assert first.reference_policy is not None and second.reference_policy is not None
     for one, other in zip(first.reference_policy.parameters(), second.reference_policy.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_average_policy_is_the_moving_average_of_the_weights_after_each_update(cloned: FlowPolicy) -> None:
+    model = FAGRPO(
+        cloned, point_envs(32), group_size=8, ema_decay=0.75, learning_rate=1e-3, seed=0, max_episode_steps=3
+    )
+    assert model.average_policy is not None
+    expected = [weight.detach().clone() for weight in cloned.parameters()]
+    for rollout in range(1, 4):
+        model.learn(1, reset_num_timesteps=False)
+        assert model._n_updates == rollout * model.n_epochs, "a rollout without anything to learn"
+        expected = [
+            0.75 * mean + 0.25 * weight.detach()
+            for mean, weight in zip(expected, model.policy.parameters(), strict=True)
+        ]
+    means, lasts = list(model.average_policy.parameters()), list(model.policy.parameters())
+    for mean, value in zip(means, expected, strict=True):
+        torch.testing.assert_close(mean, value)
+    assert max(float((mean - last).detach().abs().max()) for mean, last in zip(means, lasts, strict=True)) > 1e-5
+    assert FAGRPO(cloned, point_envs(8), group_size=8).average_policy is None
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
+        FAGRPO(cloned, point_envs(8), group_size=8, ema_decay=1)

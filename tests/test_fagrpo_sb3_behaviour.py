@@ -111,7 +111,7 @@ def test_saved_models_predict_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(parameters(FAGRPO.load(buffer)), parameters(model))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"n_steps": 8}, {"kl_coef": 0.1}, {"sde_window": 1}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"n_steps": 8}, {"kl_coef": 0.1}, {"sde_window": 1}, {"ema_decay": 0.5}], ids=str)
 def test_a_run_resumed_from_its_checkpoint_reaches_the_same_numbers(tmp_path: Path, arguments: dict[str, Any]) -> None:
     def linear(progress_remaining: float) -> float:
         return 1e-3 * progress_remaining
@@ -128,6 +128,10 @@ def test_a_run_resumed_from_its_checkpoint_reaches_the_same_numbers(tmp_path: Pa
     if arguments.get("kl_coef"):
         assert whole.reference_policy is not None and resumed.reference_policy is not None
         for a, b in zip(whole.reference_policy.parameters(), resumed.reference_policy.parameters(), strict=True):
+            assert torch.equal(a, b)
+    if arguments.get("ema_decay"):
+        assert whole.average_policy is not None and resumed.average_policy is not None
+        for a, b in zip(whole.average_policy.parameters(), resumed.average_policy.parameters(), strict=True):
             assert torch.equal(a, b)
 
 
