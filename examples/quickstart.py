@@ -137,8 +137,7 @@ def main() -> None:
     )
     curve = LearningCurve(arguments.minutes)
     model.learn(total_timesteps=10**9, callback=curve)
-    improved = model.average_policy
-    assert improved is not None  # there is an ema_decay
+    improved = model.average_policy or model.policy
     improved.export_safetensors(arguments.out / "policy")
     after = {name: evaluate(improved, arguments.suite, starts) for name, evaluate in simulators.items()}
 

@@ -113,9 +113,9 @@ class FAGRPO(OnPolicyAlgorithm):
     :param action_mask: bool array of the action's shape, False for padding dimensions, which are not scored
     :param bc_coef: weight of a flow-matching loss on ``demonstrations``; 0: off
     :param demonstrations: for bc_coef; not saved with the model
-    :param ema_decay: decay of an exponential moving average of the policy's weights, one step per update, in [0, 1):
-        :attr:`average_policy`, in which the noise of single updates has averaged out; it spans about 1 / (1 - ema_decay)
-        rollouts. 0: none
+    :param ema_decay: decay of an exponential moving average of the policy's weights, in [0, 1), one step per rollout
+        that was learned from: :attr:`average_policy`, in which the noise of single updates has averaged out. It spans
+        about 1 / (1 - ema_decay) rollouts. 0: none
     :param max_grad_norm: gradient clipping
     :param stats_window_size: episodes over which SB3's statistics (rollout/success_rate, ...) are averaged. None: with
         whole episodes those of one rollout, for the last to end are not like the others; with n_steps 100

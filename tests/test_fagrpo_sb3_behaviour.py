@@ -111,7 +111,9 @@ def test_saved_models_predict_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(parameters(FAGRPO.load(buffer)), parameters(model))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"n_steps": 8}, {"kl_coef": 0.1}, {"sde_window": 1}, {"ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"n_steps": 8}, {"kl_coef": 0.1}, {"sde_window": 1}, {"ema_decay": 0.5}], ids=str
+)
 def test_a_run_resumed_from_its_checkpoint_reaches_the_same_numbers(tmp_path: Path, arguments: dict[str, Any]) -> None:
     def linear(progress_remaining: float) -> float:
         return 1e-3 * progress_remaining
