@@ -16,6 +16,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 import prophet_gym
 from fagrpo import FAGRPO, FlowPolicy
 from fagrpo.cli import main as fagrpo_main
+from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import WEIGHTS, load_world_model
 from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
 
@@ -71,6 +72,20 @@ def test_the_shipped_policy_acts() -> None:
     assert len(result.success) == 4 and len(result.videos) == 2
     low, high = result.interval
     assert 0 <= low <= result.rate <= high <= 1
+
+
+def test_the_post_trained_policy_succeeds_more_often_in_prophet() -> None:
+    cloned, trained = (
+        evaluate_in_prophet(
+            FlowPolicy.from_safetensors(WEIGHTS / name),
+            "libero_object",
+            starts_of(range(10), SPLITS["val"]),
+            video=False,
+            deterministic=True,
+        )
+        for name in ("flow-policy-libero-40", "flow-policy-libero-object-rl")
+    )
+    assert len(trained.success) == 50 and trained.rate > cloned.rate + 0.15
 
 
 def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) -> None:
