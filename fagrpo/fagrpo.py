@@ -761,10 +761,15 @@ class FAGRPO(OnPolicyAlgorithm):
         return self
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
-        """Load parameters from a file or a dict, see SB3; a reference policy among them is made first."""
+        """Load parameters from a file or a dict, see SB3; a reference policy among them is made first.
+
+        :raises ValueError: they do not fit, or have a moving average for which this model has no ``ema_decay``
+        """
         names = load_path_or_dict if isinstance(load_path_or_dict, dict) else {}
         if "reference_policy" in names and self.reference_policy is None:
             self._make_reference()
+        if "_ema" in names and self._ema is None:
+            raise ValueError("the parameters have a moving average, this model has none: give it their ema_decay")
         super().set_parameters(load_path_or_dict, exact_match, device)
 
     def save(

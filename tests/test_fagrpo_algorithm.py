@@ -790,6 +790,9 @@ def test_the_average_policy_is_the_moving_average_of_the_weights_after_each_upda
     for mean, value in zip(means, expected, strict=True):
         torch.testing.assert_close(mean, value)
     assert max(float((mean - last).detach().abs().max()) for mean, last in zip(means, lasts, strict=True)) > 1e-5
-    assert FAGRPO(cloned, point_envs(8), group_size=8).average_policy is None
+    without = FAGRPO(cloned, point_envs(8), group_size=8)
+    assert without.average_policy is None
+    with pytest.raises(ValueError, match="give it their ema_decay"):
+        without.set_parameters(model.get_parameters())
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
         FAGRPO(cloned, point_envs(8), group_size=8, ema_decay=1)
