@@ -167,29 +167,41 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():  # SB3 would take the CPU
         raise ValueError(f"--device {arguments.device}, but this torch finds no CUDA device")
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
+    if not isinstance(env.action_space, spaces.Box):
+        raise ValueError(f"{arguments.env} has the action space {env.action_space}; a flow policy needs a Box")
+    settings = {
+        "learning_rate": arguments.learning_rate,
+        "group_size": arguments.group_size,
+        "batch_size": arguments.batch_size,
+        "n_epochs": arguments.epochs,
+        "ratio": arguments.ratio,
+        "flow_scale": arguments.flow_scale,
+        "flow_scale_placement": arguments.flow_scale_placement,
+        "noise_level": arguments.noise_level,
+        "sde_window": arguments.sde_window,
+        "kl_coef": arguments.kl_coef,
+        "target_kl": arguments.target_kl,
+        "ema_decay": arguments.ema_decay,
+        "seed": arguments.seed,
+    }
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
     if checkpoints:
         print(f"Resuming from {checkpoints[-1]}")
         model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
+        saved = {name: getattr(model, name) for name in settings}
+        if saved != settings:
+            other = ", ".join(f"{name} {saved[name]}" for name in settings if saved[name] != settings[name])
+            raise ValueError(
+                f"{checkpoints[-1]} was made with {other}: give the same arguments to resume, or another --out to "
+                "start afresh"
+            )
     else:
         model = FAGRPO(
             FlowPolicy.from_safetensors(arguments.policy),
             env,
-            learning_rate=arguments.learning_rate,
-            group_size=arguments.group_size,
-            batch_size=arguments.batch_size,
-            n_epochs=arguments.epochs,
-            ratio=arguments.ratio,
-            flow_scale=arguments.flow_scale,
-            flow_scale_placement=arguments.flow_scale_placement,
-            noise_level=arguments.noise_level,
-            sde_window=arguments.sde_window,
-            kl_coef=arguments.kl_coef,
-            target_kl=arguments.target_kl,
-            ema_decay=arguments.ema_decay,
+            **settings,
             tensorboard_log=str(arguments.out / "tensorboard"),
             verbose=1,
-            seed=arguments.seed,
             device=arguments.device,
         )
     remaining = arguments.steps - model.num_timesteps

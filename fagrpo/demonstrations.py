@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import Tensor
 
 Observations = dict[str, np.ndarray] | np.ndarray
 
@@ -20,7 +17,8 @@ class Demonstrations:
 
     :param observations: dict of arrays (N, ...) or one array (N, ...); images stay uint8, (N, H, W, C) or (N, C, H, W)
     :param actions: float32 (N, \\*A) in environment units; for a chunked action space the whole chunk
-    :param episode_ids: int (N,), rows of one episode in temporal order; used to split by episode and to stack frames
+    :param episode_ids: int (N,), rows of one episode in temporal order, others between them or not; used to split by
+        episode and to stack frames
     :raises ValueError: lengths that differ, or values that are not finite
     """
 
@@ -77,10 +75,13 @@ class Demonstrations:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         order = np.arange(len(self))
+        rows = np.argsort(self.episode_ids, kind="stable")  # of one episode side by side
         sources = []
         for lag in range(count - 1, -1, -1):
-            source = np.maximum(order - lag, 0)
-            inside = (order >= lag) & (self.episode_ids[source] == self.episode_ids)
+            source, inside = np.empty_like(order), np.zeros(len(self), dtype=bool)
+            earlier = rows[np.maximum(order - lag, 0)]
+            source[rows] = earlier
+            inside[rows] = (order >= lag) & (self.episode_ids[earlier] == self.episode_ids[rows])
             sources.append((source, inside))
 
         def stacked(array: np.ndarray) -> np.ndarray:
@@ -97,20 +98,3 @@ class Demonstrations:
         else:
             observations = stacked(self.observations)
         return Demonstrations(observations, self.actions, self.episode_ids)
-
-
-def observation_batch(
-    demonstrations: Demonstrations, index: np.ndarray, device: torch.device
-) -> tuple[PyTorchObs, Tensor]:
-    """Some rows of the demonstrations as a policy's input and target.
-
-    :param demonstrations: in memory
-    :param index: int (B,)
-    :param device: where the tensors go
-    :return: observations (B rows) and actions float32 (B, \\*A)
-    """
-    rows = demonstrations.rows(index)
-    actions = torch.as_tensor(rows.actions, dtype=torch.float32, device=device)
-    if isinstance(rows.observations, dict):
-        return {key: torch.as_tensor(value, device=device) for key, value in rows.observations.items()}, actions
-    return torch.as_tensor(rows.observations, device=device), actions

@@ -15,6 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -22,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fagrpo.demonstrations import Demonstrations, observation_batch
+from fagrpo.demonstrations import Demonstrations
 from fagrpo.flow_scale import equalizing_weights, flow_scale_weights
 from fagrpo.flow_sde import (
     SCHEDULES,
@@ -32,7 +33,7 @@ from fagrpo.flow_sde import (
     log_prob_difference,
     transition_coefficients,
 )
-from fagrpo.imitation import flow_matching_loss
+from fagrpo.imitation import DemonstrationTensors, flow_matching_loss
 from fagrpo.objective import PLACEMENTS, RATIOS, aggregate_log_ratio, clipped_objective
 from fagrpo.policies import FlowPolicy
 from fagrpo.rollout_buffer import ADVANTAGES, GroupRolloutBuffer, GroupRolloutSamples
@@ -85,7 +86,8 @@ class FAGRPO(OnPolicyAlgorithm):
         environments
     :param n_steps: None: a rollout is one whole episode per group member. An int: exactly n_steps steps per
         environment, as SB3's other algorithms; environments of a group begin together, later episodes are compared by
-        their number, and episodes cut off by the end are left out unless they are an environment's first.
+        their number, and episodes cut off by the end are left out unless they are an environment's first. Where
+        group_size does not divide the number of environments, the last group is smaller.
     :param max_episode_steps: episodes are cut here when n_steps is None
     :param group_options: draws the reset options of a group: a function of a ``numpy.random.Generator``, which belongs
         to the model. All environments of the group are reset with these options (``VecEnv.set_options``) and each with
@@ -103,7 +105,8 @@ class FAGRPO(OnPolicyAlgorithm):
     :param dual_clip: bound for negative advantages, > 1; None: off
     :param kl_coef: weight of the KL to the reference policy, a copy made when learning first begins; 0: no reference
     :param target_kl: stop the epochs of an update beyond 1.5 times this approximate KL (to the policy that collected)
-    :param flow_scale: "none", "paper" (:func:`fagrpo.flow_scale.flow_scale_weights`) or "equalizing"
+    :param flow_scale: "none", "paper" (:func:`fagrpo.flow_scale.flow_scale_weights`) or "equalizing"; the mean weight
+        is 1 over all flow steps, those outside an ``sde_window`` among them
     :param flow_scale_kwargs: exponent, eps, blend, w_min, w_max of the paper's weights
     :param flow_scale_placement: "advantage" or "log_prob", see :func:`fagrpo.objective.aggregate_log_ratio`
     :param noise_level: a of the SDE, > 0
@@ -210,20 +213,42 @@ class FAGRPO(OnPolicyAlgorithm):
             )
         if dual_clip is not None and not dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
+        for name, number in (("kl_coef", kl_coef), ("bc_coef", bc_coef), ("advantage_eps", advantage_eps)):
+            if not number >= 0:
+                raise ValueError(f"{name} must not be negative, got {number}")
+        if target_kl is not None and not target_kl > 0:
+            raise ValueError(f"target_kl must be positive, got {target_kl}; None is no limit")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        if flow_scale_kwargs:
+            if flow_scale != "paper":
+                raise ValueError(f"flow_scale_kwargs belong to flow_scale='paper', not to {flow_scale!r}")
+            try:
+                flow_scale_weights(torch.ones(1), **flow_scale_kwargs)
+            except TypeError as error:
+                raise ValueError(f"flow_scale_kwargs: {error}; see fagrpo.flow_scale.flow_scale_weights") from error
         if bc_coef > 0 and demonstrations is None:
             raise ValueError("bc_coef > 0 needs demonstrations")
         if group_options is not None and n_steps is not None:
             raise ValueError("group_options need whole episodes: leave n_steps out")
+        if n_groups is not None and n_steps is not None:
+            raise ValueError("n_groups is for whole episodes: with n_steps, the number of environments sets it")
 
         initial_policy: FlowPolicy | None = None
         policy_class: str | type[FlowPolicy]
         if isinstance(policy, str | type):
+            if isinstance(policy, str) and policy not in self.policy_aliases:
+                raise ValueError(
+                    f"unknown policy {policy!r}; choose one of {', '.join(self.policy_aliases)}, or pass a FlowPolicy"
+                )
             policy_class = policy
         else:
             if policy_kwargs is not None:
                 raise ValueError("policy_kwargs come with the policy when an instance is given; pass one or the other")
+            if not isinstance(policy, FlowPolicy):
+                raise TypeError(f"policy must be a FlowPolicy, its class or its name, got a {type(policy).__name__}")
             initial_policy = cast(FlowPolicy, policy)
             policy_class, policy_kwargs = type(initial_policy), initial_policy.constructor_kwargs
         super().__init__(
@@ -274,14 +299,17 @@ class FAGRPO(OnPolicyAlgorithm):
         self.bc_coef = bc_coef
         self.demonstrations = demonstrations
         self.ema_decay = ema_decay
+        self._bc_data: DemonstrationTensors | None = None
         self._ema: AveragedModel | None = None
         self.reference_policy: FlowPolicy | None = None
         self._has_reference = False
         self._ratio_checked = False
         self._initial_policy: FlowPolicy | None = initial_policy
         self._random_state: dict[str, Any] | None = None
+        self._frozen: list[str] = []  # names of the policy's parameters that do not learn
         self._rollout_start: dict[str, Any] | None = None
         self._lonely_groups = False
+        self._starts_checked = False
         if _init_setup_model:
             self._setup_model()
 
@@ -304,10 +332,7 @@ class FAGRPO(OnPolicyAlgorithm):
             self._copy_initial_policy(self._initial_policy)
         self.policy = self.policy.to(self.device)
         if self.ema_decay:
-            self._ema = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
-            self._ema.update_parameters(self.policy)  # the first one copies: the average begins at the given policy
-            self._ema.requires_grad_(False)
-            self._ema.module.set_training_mode(False)
+            self._make_average()
         if self._has_reference:
             self._make_reference()
         if self.action_mask is not None and self.action_mask.shape != self.policy.action_shape:
@@ -345,12 +370,20 @@ class FAGRPO(OnPolicyAlgorithm):
                 f"{self.policy.used_space} -> {self.policy.action_space}"
             )
         self.policy.load_state_dict(initial.state_dict())
+        for own, given_parameter in zip(self.policy.parameters(), initial.parameters(), strict=True):
+            own.requires_grad_(given_parameter.requires_grad)
 
     def _make_reference(self) -> None:
         self.reference_policy = copy.deepcopy(self.policy)
         self.reference_policy.requires_grad_(False)
         self.reference_policy.set_training_mode(False)
         self._has_reference = True
+
+    def _make_average(self) -> None:
+        self._ema = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+        self._ema.update_parameters(self.policy)  # the first one copies: the average begins at the policy
+        self._ema.requires_grad_(False)
+        self._ema.module.set_training_mode(False)
 
     @property
     def average_policy(self) -> FlowPolicy | None:
@@ -422,6 +455,22 @@ class FAGRPO(OnPolicyAlgorithm):
         env.unwrapped._seeds = [int(seed) for seed in seeds]
         return env.reset()
 
+    def _check_starts(self, obs: VecEnvObs, groups: np.ndarray) -> None:
+        """Warn, once, if environments that were reset with one seed begin with different observations."""
+        leaders = np.searchsorted(groups, groups)  # the first of each group, which are neighbours
+        for value in obs.values() if isinstance(obs, dict) else [cast(np.ndarray, obs)]:
+            if not np.array_equal(value, value[leaders]):
+                warnings.warn(
+                    "Environments of one group were reset with the same seed and begin with different observations. "
+                    "Advantages compare the rollouts of a group, which should share their start: draw it from "
+                    "self.np_random in the environment, or name it in group_options. (Noise on the observation alone "
+                    "is no harm.)",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                break
+        self._starts_checked = True
+
     def _draw_seeds(self, count: int) -> np.ndarray:
         return self._start_rng.integers(2**31 - 1, size=count)
 
@@ -442,6 +491,8 @@ class FAGRPO(OnPolicyAlgorithm):
             for episode, group in zip(episodes.tolist(), groups.tolist(), strict=True):
                 rollout_buffer.start_episode(episode, group)
             obs = self._reset(env, seeds[episodes], options and options[first : first + env.num_envs])
+            if options is None and not self._starts_checked:
+                self._check_starts(obs, groups)
             running = np.ones(env.num_envs, dtype=bool)
             for step in range(self.max_episode_steps):
                 rows = np.flatnonzero(running)
@@ -514,7 +565,7 @@ class FAGRPO(OnPolicyAlgorithm):
         :return: next observations and dones, or None if a callback ended training
         """
         if isinstance(obs, dict):
-            row_obs: Any = {key: value[rows] for key, value in obs.items()}
+            row_obs: Any = {key: obs[key][rows] for key in cast(spaces.Dict, self.policy.used_space)}
         else:
             row_obs = obs[rows]  # type: ignore[call-overload, index]
         chain = self.policy.sample(
@@ -536,6 +587,7 @@ class FAGRPO(OnPolicyAlgorithm):
         idle = np.ones(env.num_envs, dtype=bool)
         idle[rows] = False
         rewards, dones = np.where(idle, 0.0, rewards), dones & ~idle
+        infos = [{} if idle[i] else info for i, info in enumerate(infos)]
         self.num_timesteps += env.num_envs
         callback.update_locals(locals())
         if not callback.on_step():
@@ -562,14 +614,16 @@ class FAGRPO(OnPolicyAlgorithm):
     # ---- update
 
     def _flow_scale_weights(self, chain: FlowChain) -> Tensor:
-        """(K,) weights of the stochastic flow steps."""
+        """Weights of the stochastic flow steps. Their mean is 1 over all K steps, stochastic or not: a late window
+        weighs less than an early one, for its gradients are larger."""
         steps = chain.sde_steps
-        stds = chain.stds[steps].cpu()
+        _, coefficients, stds = transition_coefficients(
+            chain.times[:-1], chain.times[1:], chain.noise_level, chain.schedule
+        )
         if self.flow_scale == "paper":
-            return flow_scale_weights(stds, **self.flow_scale_kwargs)
+            return flow_scale_weights(stds, **self.flow_scale_kwargs)[steps]
         if self.flow_scale == "equalizing":
-            t, t_next = chain.times[steps], chain.times[[k + 1 for k in steps]]
-            return equalizing_weights(stds, transition_coefficients(t, t_next, chain.noise_level, chain.schedule)[1])
+            return equalizing_weights(stds, coefficients)[steps]
         return torch.ones(len(steps))
 
     def train(self) -> None:
@@ -716,12 +770,9 @@ class FAGRPO(OnPolicyAlgorithm):
 
     def _bc_loss(self, count: int) -> Tensor:
         """Flow-matching loss on random demonstrations."""
-        if self.demonstrations is None:
-            raise ValueError(
-                "bc_coef > 0 needs demonstrations; they are not saved with a model: set model.demonstrations"
-            )
-        index = torch.randint(len(self.demonstrations), (count,), generator=self._generator).numpy()
-        obs, actions = observation_batch(self.demonstrations, index, self.device)
+        assert self._bc_data is not None  # learn() makes it
+        index = torch.randint(len(self._bc_data), (count,), generator=self._generator)
+        obs, actions = self._bc_data.batch(index, self.device)
         return flow_matching_loss(self.policy, obs, actions, self._generator, 1)
 
     def _check_first_ratio(self, extreme: float) -> None:
@@ -753,7 +804,15 @@ class FAGRPO(OnPolicyAlgorithm):
         """Train until at least ``total_timesteps`` environment steps (of all environments) were taken; see SB3."""
         if self.kl_coef > 0 and self.reference_policy is None:
             self._make_reference()
-        self._ratio_checked = self._lonely_groups = False
+        if self.bc_coef > 0:
+            if self.demonstrations is None:
+                raise ValueError(
+                    "bc_coef > 0 needs demonstrations; they are not saved with a model: set model.demonstrations"
+                )
+            self._bc_data = DemonstrationTensors(self.demonstrations, self.policy)
+        if self._ema is not None and int(self._ema.n_averaged) == 1:
+            self._make_average()  # again: weights may have been loaded or cloned since
+        self._ratio_checked = self._lonely_groups = self._starts_checked = False
         if self.stats_window_size is None and self.n_steps is None and self.env is not None:
             self._stats_window_size = self._count_groups(self.env) * self.group_size
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
@@ -761,16 +820,23 @@ class FAGRPO(OnPolicyAlgorithm):
         return self
 
     def set_parameters(self, load_path_or_dict: Any, exact_match: bool = True, device: Any = "auto") -> None:
-        """Load parameters from a file or a dict, see SB3; a reference policy among them is made first.
-
-        :raises ValueError: they do not fit, or have a moving average for which this model has no ``ema_decay``
+        """Load parameters from a file or a dict, see SB3. A reference policy among them is made first. A moving average
+        among them is left out by a model without ``ema_decay``; where there is none, that of this model begins anew.
         """
-        names = load_path_or_dict if isinstance(load_path_or_dict, dict) else {}
-        if "reference_policy" in names and self.reference_policy is None:
+        if isinstance(load_path_or_dict, dict):
+            parameters = dict(load_path_or_dict)
+        else:
+            parameters = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
+        if "reference_policy" in parameters and self.reference_policy is None:
             self._make_reference()
-        if "_ema" in names and self._ema is None:
-            raise ValueError("the parameters have a moving average, this model has none: give it their ema_decay")
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        if self._ema is None:
+            parameters.pop("_ema", None)
+        begins = self._ema is not None and "_ema" not in parameters
+        if begins:
+            self._ema = None  # not to be missed by an exact match
+        super().set_parameters(parameters, exact_match, device)
+        if begins:
+            self._make_average()
 
     def save(
         self,
@@ -786,6 +852,7 @@ class FAGRPO(OnPolicyAlgorithm):
         seed).
         """
         num_timesteps = self.num_timesteps
+        self._frozen = [name for name, value in self.policy.named_parameters() if not value.requires_grad]
         if self._rollout_start is None:
             self._random_state = self._get_random_state()
         else:
@@ -809,9 +876,12 @@ class FAGRPO(OnPolicyAlgorithm):
 
     @classmethod
     def load(cls, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load a saved model; training goes on exactly where it was. Arguments as SB3's."""
+        """Load a saved model; training goes on exactly where it was, or with random numbers of its own where a ``seed``
+        is given. Arguments as SB3's."""
         model = super().load(*args, **kwargs)
-        if model._random_state is not None:
+        for name in model._frozen:
+            model.policy.get_parameter(name).requires_grad_(False)
+        if model._random_state is not None and "seed" not in kwargs:
             model._generator.set_state(model._random_state["torch"])
             model._start_rng.bit_generator.state = model._random_state["starts"]
         return model
@@ -822,6 +892,7 @@ class FAGRPO(OnPolicyAlgorithm):
             "reference_policy",
             "_ema",
             "demonstrations",
+            "_bc_data",
             "_generator",
             "_start_rng",
             "_initial_policy",

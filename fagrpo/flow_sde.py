@@ -151,7 +151,6 @@ class FlowChain:
     :param times: (K + 1,) from 1 to 0
     :param means: (K, B, *A), the transition means under the sampling policy
     :param stds: (K,), 0 on deterministic steps
-    :param log_probs: (K, B, *A) elementwise log-densities, 0 on deterministic steps
     :param noise_level: a
     :param schedule: "flow" or "constant"
     """
@@ -160,7 +159,6 @@ class FlowChain:
     times: Tensor
     means: Tensor
     stds: Tensor
-    log_probs: Tensor
     noise_level: float
     schedule: str
 
@@ -179,21 +177,18 @@ class FlowChain:
         """Indices of the stochastic steps, in order."""
         return [k for k, std in enumerate(self.stds.tolist()) if std > 0]
 
+    @property
+    def log_probs(self) -> Tensor:
+        """Elementwise log-densities (K, B, *A) under the sampling policy, 0 on deterministic steps."""
+        return _log_probs(self, self.means[self.sde_steps])
+
     def rows(self, index: Tensor | slice) -> "FlowChain":
         """The chains of some rows of the batch."""
-        return replace(
-            self, states=self.states[:, index], means=self.means[:, index], log_probs=self.log_probs[:, index]
-        )
+        return replace(self, states=self.states[:, index], means=self.means[:, index])
 
     def to(self, device: torch.device | str) -> "FlowChain":
         """The chain on another device; ``times`` stay on the CPU."""
-        return replace(
-            self,
-            states=self.states.to(device),
-            means=self.means.to(device),
-            stds=self.stds.to(device),
-            log_probs=self.log_probs.to(device),
-        )
+        return replace(self, states=self.states.to(device), means=self.means.to(device), stds=self.stds.to(device))
 
     @staticmethod
     def concatenate(chains: "Sequence[FlowChain]") -> "FlowChain":
@@ -210,7 +205,6 @@ class FlowChain:
             first,
             states=torch.cat([chain.states for chain in chains], dim=1),
             means=torch.cat([chain.means for chain in chains], dim=1),
-            log_probs=torch.cat([chain.log_probs for chain in chains], dim=1),
         )
 
 
@@ -236,7 +230,7 @@ def sample_chain(
     sde_steps: Sequence[int] | None = None,
     shift: float = 1.0,
 ) -> FlowChain:
-    """Sample a chain from noise to data and keep every state, mean, std and log-probability.
+    """Sample a chain from noise to data and keep every state, mean and std.
 
     :param velocity_fn: ``(x_t (B, *A), t (B,)) -> v (B, *A)``
     :param noise: x_1, (B, *A), standard normal
@@ -253,7 +247,7 @@ def sample_chain(
     times = time_grid(num_steps, shift)
     stochastic = _stochastic_steps(num_steps, noise_level, sde_steps)
     noise_device = x.device if generator is None else generator.device
-    states, means, stds, log_probs = [x], [], [], []
+    states, means, stds = [x], [], []
     for k in range(num_steps):
         t, t_next = times[k].item(), times[k + 1].item()
         velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device))
@@ -261,10 +255,8 @@ def sample_chain(
         if stochastic[k]:
             eps = torch.randn(x.shape, generator=generator, device=noise_device).to(x.device)
             x = mean + std * eps
-            log_probs.append(gaussian_log_prob(x, mean, std))
         else:
             x = mean
-            log_probs.append(torch.zeros_like(x))
         states.append(x)
         means.append(mean)
         stds.append(std.reshape(()))
@@ -273,7 +265,6 @@ def sample_chain(
         times=times,
         means=torch.stack(means),
         stds=torch.stack(stds),
-        log_probs=torch.stack(log_probs),
         noise_level=noise_level,
         schedule=schedule,
     )
@@ -305,10 +296,14 @@ def score_chain(velocity_fn: VelocityFn, chain: FlowChain) -> Tensor:
     :return: (K, B, *A), differentiable, 0 on deterministic steps
     """
     steps = chain.sde_steps
-    log_probs = [torch.zeros_like(chain.means[k]) for k in range(chain.num_steps)]
-    if steps:
-        for k, mean in zip(steps, chain_means(velocity_fn, chain, steps), strict=True):
-            log_probs[k] = gaussian_log_prob(chain.states[k + 1], mean, chain.stds[k])
+    return _log_probs(chain, chain_means(velocity_fn, chain, steps) if steps else chain.means[:0])
+
+
+def _log_probs(chain: FlowChain, means: Tensor) -> Tensor:
+    """Log-densities (K, B, *A) of a chain's states under the means of its stochastic steps."""
+    log_probs = [torch.zeros_like(mean) for mean in chain.means]
+    for k, mean in zip(chain.sde_steps, means, strict=True):
+        log_probs[k] = gaussian_log_prob(chain.states[k + 1], mean, chain.stds[k])
     return torch.stack(log_probs)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,13 @@ def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
     policy.set_action_statistics(mean.expand(policy.action_shape), std.expand(policy.action_shape))
 
 
-class _Data:
-    """Demonstrations as tensors, from which augmented batches are drawn."""
+class DemonstrationTensors:
+    """Demonstrations as tensors, from which batches are drawn, of what a policy sees.
+
+    :param demonstrations: in memory, which the tensors share
+    :param policy: whose observations and actions they are to fit
+    :raises ValueError: an action of another shape, or a lack of observations that the policy sees
+    """
 
     def __init__(self, demonstrations: Demonstrations, policy: FlowPolicy) -> None:
         if demonstrations.actions.shape[1:] != policy.action_shape:
@@ -136,19 +142,28 @@ class _Data:
                 f"the demonstrations' actions have shape {demonstrations.actions.shape[1:]}, "
                 f"the policy's {policy.action_shape}"
             )
-        observations = demonstrations.observations
+        observations, space = demonstrations.observations, policy.used_space
         self.is_dict = isinstance(observations, dict)
         entries = observations if isinstance(observations, dict) else {"box": observations}
-        wanted = policy.constructor_kwargs["observation_keys"] or list(entries)
+        wanted = list(space) if isinstance(space, spaces.Dict) else ["box"]
         missing = [key for key in wanted if key not in entries]
         if missing:
             raise ValueError(f"the demonstrations lack the observations {missing}; they have {', '.join(entries)}")
         self.entries = {key: torch.from_numpy(np.ascontiguousarray(entries[key])) for key in wanted}
         self.actions = torch.from_numpy(np.ascontiguousarray(demonstrations.actions, dtype=np.float32))
 
+    def __len__(self) -> int:
+        return len(self.actions)
+
     def batch(
-        self, index: Tensor, device: torch.device, image_shift: int, jitter: float, generator: torch.Generator
+        self,
+        index: Tensor,
+        device: torch.device,
+        image_shift: int = 0,
+        jitter: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> tuple[PyTorchObs, Tensor]:
+        """Observations, images channels first, and actions of some rows (B,), augmented where asked to."""
         obs = {}
         for key, value in self.entries.items():
             rows = value[index]
@@ -219,7 +234,7 @@ def behaviour_cloning(
     """
     from diffusers.training_utils import EMAModel  # imported here: it takes seconds, and inference does not need it
 
-    data = _Data(demonstrations, policy)
+    data = DemonstrationTensors(demonstrations, policy)
     if validation_fraction > 0:
         train_rows, validation_rows = demonstrations.split(validation_fraction, seed)
     else:
@@ -245,6 +260,8 @@ def behaviour_cloning(
         "color_jitter_strength": color_jitter_strength,
         "validation_fraction": validation_fraction,
         "seed": seed,
+        # What it learns from: a checkpoint of other demonstrations would bring their weights and statistics.
+        "demonstrations": [len(demonstrations), zlib.crc32(demonstrations.actions.tobytes())],
     }
     if checkpoint is not None and Path(checkpoint).exists():
         best = _load_checkpoint(Path(checkpoint), policy, optimizer, ema, generator, result, settings)
@@ -259,7 +276,7 @@ def behaviour_cloning(
         total = 0.0
         with torch.no_grad():
             for rows in validation_index.split(256):
-                obs, actions = data.batch(rows, device, 0, 0.0, fixed)
+                obs, actions = data.batch(rows, device)
                 total += float(flow_matching_loss(policy, obs, actions, fixed, 4)) * len(rows)
         policy.set_training_mode(True)
         return total / len(validation_index)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,23 @@ def test_a_window_of_stochastic_steps(cloned: FlowPolicy) -> None:
     assert rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("flow_scale", ["none", "paper", "equalizing"])
+def test_a_window_has_the_weights_of_the_whole_flow(cloned: FlowPolicy, flow_scale: str) -> None:
+    """Normalised within the window, a late one would move the policy several times as far as an early one."""
+    model = FAGRPO(cloned, point_envs(8), group_size=8, sde_window=2, flow_scale=flow_scale, noise_level=0.7, seed=0)
+    obs = torch.from_numpy(point_demonstrations(2, 0.0, 0.0).observations)
+    whole = model._flow_scale_weights(cloned.sample(obs, 0.7))
+    assert float(whole.mean()) == pytest.approx(1.0)
+    norms = []
+    for first in range(3):
+        chain = cloned.sample(obs, 0.7, sde_steps=[first, first + 1])
+        weights = model._flow_scale_weights(chain)
+        torch.testing.assert_close(weights, whole[first : first + 2])
+        _, coefficients, stds = transition_coefficients(chain.times[:-1], chain.times[1:], 0.7)
+        norms.append(float((weights * (coefficients / stds)[first : first + 2].abs()).square().sum().sqrt()))
+    assert (max(norms) / min(norms) < 1.3) == (flow_scale != "none")
+
+
 class Disturb(BaseCallback):
     """Change the policy between a rollout and its update, so that ratios are spread and there is a KL."""
 
@@ -601,6 +619,14 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
         ({"sde_window": 11}, "sde_window"),
         ({"action_mask": np.ones(3)}, "action_mask"),
         ({"group_options": lambda rng: {}, "n_steps": 4}, "whole episodes"),
+        ({"n_groups": 2, "n_steps": 4}, "whole episodes"),
+        ({"kl_coef": -1.0}, "kl_coef must not be negative"),
+        ({"advantage_eps": -1.0}, "advantage_eps"),
+        ({"target_kl": 0.0}, "target_kl"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"flow_scale_kwargs": {"alpha": 0.5}}, "alpha.*see fagrpo.flow_scale"),
+        ({"flow_scale_kwargs": {"blend": 2.0}}, "blend"),
+        ({"flow_scale_kwargs": {"blend": 0.5}, "flow_scale": "none"}, "belong to flow_scale='paper'"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -614,6 +640,10 @@ def test_a_policy_for_other_spaces_is_refused(cloned: FlowPolicy) -> None:
         FAGRPO(cloned, "Pendulum-v1", group_size=2)
     with pytest.raises(ValueError, match="one or the other"):
         FAGRPO(cloned, point_envs(8), policy_kwargs={})
+    with pytest.raises(ValueError, match="choose one of FlowPolicy, FlowMultiInputPolicy"):
+        FAGRPO("MlpPolicy", point_envs(8))
+    with pytest.raises(TypeError, match="got a Linear"):
+        FAGRPO(torch.nn.Linear(2, 2), point_envs(8))  # type: ignore[arg-type]
 
 
 def test_a_policy_cloned_from_recordings_fits_whatever_the_bounds_of_its_observations(cloned: FlowPolicy) -> None:
@@ -792,7 +822,109 @@ def test_the_average_policy_is_the_moving_average_of_the_weights_after_each_upda
     assert max(float((mean - last).detach().abs().max()) for mean, last in zip(means, lasts, strict=True)) > 1e-5
     without = FAGRPO(cloned, point_envs(8), group_size=8)
     assert without.average_policy is None
-    with pytest.raises(ValueError, match="give it their ema_decay"):
-        without.set_parameters(model.get_parameters())
+    without.set_parameters(model.get_parameters())
+    assert without.average_policy is None
+    assert all(torch.equal(a, b) for a, b in zip(without.policy.parameters(), lasts, strict=True))
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
         FAGRPO(cloned, point_envs(8), group_size=8, ema_decay=1)
+
+
+def test_an_average_begins_with_learning_and_comes_and_goes_with_its_decay(cloned: FlowPolicy, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"group_size": 8, "seed": 0, "max_episode_steps": 3, "learning_rate": 1e-12}
+    model = FAGRPO(cloned, point_envs(32), ema_decay=0.5, **arguments)
+    with torch.no_grad():  # weights that are loaded or cloned after the model was made
+        for weight in model.policy.parameters():
+            weight += 0.01
+    model.learn(1)
+    assert model.average_policy is not None
+    for mean, weight in zip(model.average_policy.parameters(), model.policy.parameters(), strict=True):
+        torch.testing.assert_close(mean, weight, atol=1e-6, rtol=0)
+
+    model.save(tmp_path / "with")
+    assert FAGRPO.load(tmp_path / "with", ema_decay=0.0).average_policy is None
+    FAGRPO(cloned, point_envs(8), **arguments).save(tmp_path / "without")
+    begun = FAGRPO.load(tmp_path / "without", ema_decay=0.5).average_policy
+    assert begun is not None
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), cloned.parameters(), strict=True))
+
+
+def test_parameters_come_from_a_file_too(cloned: FlowPolicy, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"group_size": 8, "kl_coef": 0.1, "max_episode_steps": 3}
+    first, second = (FAGRPO(cloned, point_envs(8), seed=seed, **arguments) for seed in (0, 1))
+    first.learn(1)
+    first.save(tmp_path / "model.zip")
+    second.set_parameters(tmp_path / "model.zip")
+    one, other = first.policy.state_dict(), second.policy.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one) and second.reference_policy is not None
+
+
+def test_a_loaded_model_takes_another_seed(cloned: FlowPolicy, tmp_path: Path) -> None:
+    FAGRPO(cloned, point_envs(16), group_size=8, seed=0, max_episode_steps=3).save(tmp_path / "model")
+    learned = []
+    for seed in (1, 2, 2):
+        model = FAGRPO.load(tmp_path / "model", env=point_envs(16), seed=seed).learn(1)
+        learned.append(torch.cat([weight.detach().flatten() for weight in model.policy.parameters()]))
+    assert torch.equal(learned[1], learned[2]) and not torch.equal(learned[0], learned[1])
+
+
+def test_what_is_frozen_stays_frozen(cloned: FlowPolicy, tmp_path: Path) -> None:
+    given = copy.deepcopy(cloned)
+    given.features_extractor.requires_grad_(False)
+    FAGRPO(given, point_envs(16), group_size=8, max_episode_steps=3, seed=0).save(tmp_path / "model")
+    model = FAGRPO.load(tmp_path / "model", env=point_envs(16)).learn(1)
+    assert model._n_updates > 0
+    for name, weight in model.policy.named_parameters():
+        assert torch.equal(weight, cloned.get_parameter(name)) == name.startswith("features_extractor."), name
+
+
+class CountEpisodes(BaseCallback):
+    """Episodes that the infos tell of."""
+
+    count = 0
+
+    def _on_step(self) -> bool:
+        self.count += sum("episode" in info for info in self.locals["infos"])
+        return True
+
+
+def test_callbacks_do_not_hear_of_episodes_that_nobody_waits_for(cloned: FlowPolicy) -> None:
+    """Without an action to speak of, the point stays where it is; its environment goes on resetting itself."""
+    envs = VecMonitor(DummyVecEnv([lambda horizon=horizon: PointReach(horizon, 0.0) for horizon in (1, 2, 3, 6) * 2]))
+    callback = CountEpisodes()
+    FAGRPO(cloned, envs, group_size=8, max_episode_steps=6, seed=0).learn(1, callback)
+    assert callback.count == 8
+
+
+class Careless(PointReach):
+    """Draws its start without its seed."""
+
+    rng = np.random.default_rng(0)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.position = self.rng.uniform(-1, 1, 2)
+        return self.observe(), {}
+
+
+def test_a_group_without_a_common_start_is_reported(cloned: FlowPolicy) -> None:
+    arguments: dict[str, Any] = {"group_size": 8, "max_episode_steps": 3}
+    with pytest.warns(UserWarning, match="begin with different observations"):
+        FAGRPO(cloned, DummyVecEnv([Careless] * 16), **arguments).learn(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FAGRPO(cloned, point_envs(16), **arguments).learn(1)
+
+
+def test_demonstrations_of_another_shape_are_refused_before_anything_is_collected(cloned: FlowPolicy) -> None:
+    good = point_demonstrations(50, 0.0, 0.0)
+    for wrong, message in (
+        (
+            Demonstrations(good.observations, good.actions[:, :1], good.episode_ids),
+            r"shape \(1, 2\), the policy's \(4, 2\)",
+        ),
+        (Demonstrations({"state": good.observations}, good.actions, good.episode_ids), "lack the observations"),
+    ):
+        model = FAGRPO(cloned, point_envs(8), group_size=8, bc_coef=0.1, demonstrations=wrong, max_episode_steps=3)
+        with pytest.raises(ValueError, match=message):
+            model.learn(1)
+        assert model.num_timesteps == 0

@@ -33,6 +33,8 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     second = FlowPolicy.from_safetensors(tmp_path / "rl")
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert np.isfinite(second.predict(env.observation_space.sample())[0]).all()
+    assert main([*command, "--steps", "1200", "--learning-rate", "1e-3", "--seed", "1"]) == 2
+    assert "was made with learning_rate 1e-05, seed 0: give the same" in capsys.readouterr().err
 
     checkpoints = [str(tmp_path / "rl" / f"checkpoint_{steps}_steps.zip") for steps in (400, 800)]
     assert main(["average", *checkpoints, str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]) == 0
@@ -45,5 +47,7 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
 def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path / "none"), "--env", "Pendulum-v1", "--out", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "none"), "--env", "CartPole-v1", "--out", str(tmp_path)]) == 2
+    assert "a flow policy needs a Box" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         build_parser().parse_args(["train", "x", "--out", "y", "--ratio", "token"])

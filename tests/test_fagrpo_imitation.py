@@ -33,10 +33,10 @@ def make_policy() -> FlowPolicy:
     return FlowPolicy(OBSERVATION, ACTION, **SMALL)
 
 
-def clone(policy: FlowPolicy, **arguments: object) -> object:
+def clone(policy: FlowPolicy, data: Demonstrations | None = None, **arguments: object) -> object:
     settings = {"batch_size": 32, "num_updates": 150, "validate_every": 50, "warmup_updates": 10}
     settings |= {"learning_rate": 3e-3, "ema_decay": 0.95, "progress_bar": False, **arguments}
-    return behaviour_cloning(policy, linear_demonstrations(), **settings)  # type: ignore[arg-type]
+    return behaviour_cloning(policy, data or linear_demonstrations(), **settings)  # type: ignore[arg-type]
 
 
 def test_it_learns_and_keeps_the_best_average() -> None:
@@ -99,8 +99,11 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     clone(make_policy(), num_updates=50, checkpoint=path)
     with pytest.raises(ValueError, match="same settings"):
         clone(make_policy(), num_updates=50, checkpoint=path, seed=1)
-    data = path.read_bytes()
-    path.write_bytes(data[:100])
+    data = linear_demonstrations()
+    other = Demonstrations(data.observations, -data.actions, data.episode_ids)
+    with pytest.raises(ValueError, match="same settings"):
+        clone(make_policy(), other, num_updates=50, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a complete training checkpoint"):
         clone(make_policy(), num_updates=50, checkpoint=path)
 
@@ -264,6 +267,13 @@ def test_stacked_demonstrations_look_like_vec_frame_stack() -> None:
             demonstrations.observations[key],  # type: ignore[call-overload, index]
             np.stack([row[key] for row in expected]),
         )
+
+
+def test_frames_are_stacked_within_episodes_that_were_recorded_side_by_side() -> None:
+    data = linear_demonstrations(40)  # four episodes of ten rows
+    together = data.stack_frames(3)
+    mixed = np.arange(40).reshape(4, 10).T.flatten()  # the first rows of all, then the second ones ...
+    np.testing.assert_array_equal(data.rows(mixed).stack_frames(3).observations, together.rows(mixed).observations)
 
 
 def broken_length(data: Demonstrations) -> Demonstrations:
