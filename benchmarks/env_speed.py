@@ -40,7 +40,8 @@ def time_imagined(num_envs: int, steps: int, arguments: dict[str, Any]) -> dict[
         envs.step(actions)
         seconds.append(time.perf_counter() - begin)
     envs.close()
-    return _summary("imagined", envs.unwrapped.video, num_envs, seconds)
+    device = str(envs.unwrapped.world_model.device)
+    return _summary("imagined", envs.unwrapped.video, num_envs, seconds) | {"device": device}
 
 
 def time_libero(steps: int, suite: str, video: bool) -> dict[str, Any] | str:
@@ -127,7 +128,7 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if rows[0]["device"] == "cpu" else torch.cuda.get_device_name(),
         "arguments": arguments,
         "rows": rows,
     }

@@ -118,11 +118,11 @@ def measure(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> Scores:
 def video_scores(imagined: torch.Tensor, real: torch.Tensor) -> Scores:
     """PSNR of videos uint8 (N, T + 1, H, W, 3), dB, 60 for equal frames: (N,) each; `drift`, by frame, is (N, T)."""
     frames = psnr(imagined[:, 1:].numpy(), real[:, 1:].numpy()).clamp(max=60).numpy()
-    moving = moving_psnr(imagined.numpy(), real.numpy()).numpy()
+    moving = moving_psnr(imagined.numpy(), real.numpy()).clamp(max=60).numpy()
     return {
         "episode": frames.mean(1),
         "frame 2": frames[:, 1],
-        "frame 20": frames[:, 19],
+        "frame 20": frames[:, :20][:, -1],  # or the last one of a shorter clip
         "last frame": frames[:, -1],
         "moving pixels": np.nanmean(moving, axis=1),
         "drift": frames,

@@ -3,7 +3,7 @@
 python examples/evaluate_policy.py --simulator libero --split val --repeats 2
 python examples/evaluate_policy.py --policy expert
 
-A policy that was trained in one Prophet is best judged by another, which did not reward it:
+A policy in another Prophet than the one that rewarded it (a check, and no substitute for the real simulator):
 
 python examples/evaluate_policy.py --policy runs/rl --world-model runs/held-out/pipeline --no-video
 """
@@ -43,8 +43,10 @@ def main() -> None:
     parser.add_argument("--no-video", action="store_true", help="Prophet's motion alone, for policies without an image")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--repeats", type=int, default=2, help="episodes per start; their noise differs")
-    parser.add_argument("--deterministic", action="store_true", help="the same noise in every action")
+    parser.add_argument(
+        "--repeats", type=int, help="episodes per start, whose noise differs; 2 by default, and 1 with --deterministic"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="no noise in the actions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="append the outcome of every episode to this file")
     arguments = parser.parse_args()
@@ -56,6 +58,8 @@ def main() -> None:
         parser.error("--world-model, --reward-model and --no-video belong to Prophet: leave them out here.")
 
     torch.manual_seed(arguments.seed)
+    if arguments.repeats is None:  # a deterministic policy does the same again
+        arguments.repeats = 1 if arguments.deterministic else 2
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
     if arguments.policy == Path("expert"):
         arguments.simulator = "libero"

@@ -33,6 +33,20 @@ def _record(arguments: argparse.Namespace) -> None:
     )
 
 
+def _check_device(device: str) -> None:
+    """Before the data are loaded.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays, subset
     from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -68,9 +82,13 @@ def _adapt(arguments: argparse.Namespace) -> None:
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
     load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
+    episodes = arguments.episodes
+    if episodes is None and arguments.recipe not in ("extend", "motion"):
+        episodes = 20
+    train = load("train")
     adapt(
         pipeline,
-        subset(load("train"), arguments.episodes, arguments.seed)[0],
+        train if episodes is None else subset(train, episodes, arguments.seed)[0],
         load("val"),
         arguments.out,
         recipe=arguments.recipe,
@@ -191,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu")
+    train.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
     train.set_defaults(run=_train)
 
     adapt = commands.add_parser(
@@ -199,7 +217,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     adapt.add_argument("checkpoint", help="folder of a pipeline, or the name of a shipped one; it stays as it is")
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
-    adapt.add_argument("--episodes", type=int, default=20, help="at most this many training episodes, in all")
+    adapt.add_argument(
+        "--episodes",
+        type=int,
+        default=None,
+        help="at most this many training episodes, in all; 20 by default, and all of them for extend and motion",
+    )
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
     adapt.add_argument(
         "--recipe",
@@ -210,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
-    adapt.add_argument("--device", default="cpu")
+    adapt.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
     adapt.set_defaults(run=_adapt)
 
     reward = commands.add_parser(
@@ -232,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
     reward.add_argument("--seed", type=int, default=0)
-    reward.add_argument("--device", default="cpu")
+    reward.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
     reward.set_defaults(run=_train_reward)
 
     evaluate = commands.add_parser(
@@ -253,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     arguments = build_parser().parse_args(argv)
     try:
+        if "device" in arguments:
+            _check_device(arguments.device)
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"prophet {arguments.command}: {error}", file=sys.stderr)

@@ -75,6 +75,7 @@ def fit(
         finish: called, in every process, with the final weights in place before they are saved: it may change them.
 
     Raises:
+        RuntimeError: another kind of device than this process has trained on before.
         FloatingPointError: the gradient of many batches in a row is not finite; one such batch is left out.
     """
     device = next(module.parameters()).device
@@ -84,10 +85,16 @@ def fit(
         device_placement=False,
         step_scheduler_with_optimizer=False,  # it would step once per process
     )
+    if accelerator.device.type != device.type:  # it would train in the other one's precision
+        raise RuntimeError(
+            f"This process has trained on {accelerator.device.type} before and cannot go on with {device.type} "
+            "(accelerate keeps one device for each process): start another."
+        )
     finished = (out / name).exists()
     accelerator.wait_for_everyone()  # before the first process can make it exist
     if finished:
-        module.load_state_dict(type(module).from_pretrained(out / name).state_dict())
+        saved = type(module).from_pretrained(out / name, use_safetensors=True, local_files_only=True)
+        module.load_state_dict(saved.state_dict())
         module.eval()
         return
     for weight in module.state_dict().values():
@@ -126,7 +133,8 @@ def fit(
         module.train()
         batch = step * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(1_000_003 * seed + batch)
-        with accelerator.autocast():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
+            torch.manual_seed(1_000_003 * seed + batch)  # of the dropout
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)
         _average_gradients(accelerator, module)

@@ -22,6 +22,7 @@ from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import encode_frames
 from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss, transformer_loss
+from prophet_gym.world_model.training import train
 
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
 LORA = pytest.param(4, marks=pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `lora`"))
@@ -91,6 +92,18 @@ def test_adapting_learns_the_new_world_and_leaves_the_base_as_it_is(
     assert saved.transformer.state_dict().keys() == old.transformer.state_dict().keys()
     for key, value in saved.vae.encoder.state_dict().items():
         assert torch.equal(value, old.vae.encoder.state_dict()[key])  # the transformer knows its latents
+
+
+def test_a_folder_is_of_one_run(base: Path, tmp_path: Path) -> None:
+    run = (new_world(4), new_world(2, seed=1), tmp_path / "out")
+    first = adapt(load(base), *run, recipe="debug")
+    assert_same_weights(first, adapt(load(base), *run, recipe="debug"))  # finished already
+    with pytest.raises(ValueError, match="belongs to a run with seed 0, this one has seed 1"):
+        adapt(load(base), *run, recipe="debug", seed=1)
+    with pytest.raises(ValueError, match="belongs to a run with checkpoint"):
+        adapt(load(tmp_path / "out" / "pipeline"), *run, recipe="debug")
+    with pytest.raises(ValueError, match=r"belongs to a run with .*command adapt"):
+        train(*run, preset="debug")
 
 
 def test_a_new_robot_takes_a_slot_that_it_keeps_on_disk(base: Path, tmp_path: Path) -> None:
@@ -187,7 +200,6 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
     recipe = {name: stage | {"checkpoint_every": 5} for name, stage in adaptation.RECIPES["debug"].items()}
     monkeypatch.setitem(adaptation.RECIPES, "debug", recipe)
     run = partial(adapt, train_arrays=new_world(4), val_arrays=new_world(2, seed=1), recipe="debug", lora_rank=rank)
-    torch.manual_seed(0)  # of the dropout
     whole = run(load(base), out=tmp_path / "whole")
 
     def killed_at(name: str, last: int) -> None:

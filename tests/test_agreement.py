@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from prophet_gym.data.episode import SPLITS, Episode
-from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.data.lerobot_format import EpisodeDataset, LeRobotWriter
 from prophet_gym.evaluation.agreement import Verdicts, concatenate_verdicts, evaluate
 from prophet_gym.evaluation.video_metrics import psnr
 from prophet_gym.world_model import ProphetPipeline
@@ -35,17 +39,57 @@ class RedCornerJudge:
         return np.float32((last[..., 0] - last[..., 1]).mean((1, 2)) > 100)
 
 
-def episode(index: int, split: str) -> Episode:
-    """The even ones succeed, and their first action says so."""
+class HeightJudge(RedCornerJudge):
+    """Takes a hand above 2 cm for a success."""
+
+    def score(self, frames: NDArray[np.uint8], proprio: NDArray[np.float32], *args: Any) -> NDArray[np.float32]:
+        return np.float32(proprio[:, -1, 2] > 0.02)
+
+
+class Oracle(ProphetPipeline):
+    """Knows what the recorded actions lead to; other actions change nothing. Its proprioception is off by 3 cm and by
+    10 degrees."""
+
+    episodes: Sequence[Episode]
+
+    def _find(self, actions: torch.Tensor) -> tuple[Episode, int] | None:
+        for one in self.episodes:
+            recorded = one.actions.reshape(-1, 7)
+            for first in range(0, len(recorded) - len(actions) + 1, 8):
+                if np.array_equal(recorded[first : first + len(actions)], actions.numpy()):
+                    return one, first // 4
+        return None
+
+    def _follow(self, image: Any, actions: torch.Tensor) -> torch.Tensor:
+        found, count = self._find(actions), len(actions) // 4 + 1
+        if found is None:
+            return torch.as_tensor(image)[None].repeat(count, 1, 1, 1)
+        one, first = found
+        return torch.from_numpy(one.frames[first : first + count])
+
+    def replay(self, images: Any, proprio: torch.Tensor, actions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        clips = torch.stack([self._follow(*row) for row in zip(images, actions, strict=True)])
+        poses = proprio[:, None].repeat(1, clips.shape[1], 1)
+        poses[:, 1:, 2] += 0.03
+        poses[:, 1:, 5] += np.radians(10)
+        return clips, poses
+
+    def imagine(self, history: Any, state: Any, actions: torch.Tensor, images: torch.Tensor, *args: Any) -> Any:
+        chunks = [self._follow(row[1], own)[1:] for row, own in zip(images, actions, strict=True)]
+        return SimpleNamespace(frames=torch.stack(chunks))
+
+
+def episode(index: int, split: str, misleading: bool = False) -> Episode:
+    """The even ones succeed, and their first action says so, or the opposite."""
     rng = np.random.default_rng(index)
     frames = np.broadcast_to(rng.integers(40, 80, (1, 96, 96, 3), dtype=np.uint8), (STEPS + 1, 96, 96, 3)).copy()
     success = np.zeros(STEPS + 1, bool)
     actions = rng.uniform(-0.2, 0.2, (STEPS, 4, 7)).astype(np.float32)
-    actions[..., 0] = -0.8
+    actions[..., 0] = 0.8 if misleading else -0.8
     if index % 2 == 0:
         success[2:] = True
         frames[success, :16, :16] = (250, 20, 20)
-        actions[..., 0] = 0.8
+        actions[..., 0] *= -1
     return Episode(
         frames=frames,
         proprio=np.zeros((STEPS + 1, 8), np.float32),
@@ -99,10 +143,49 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert video["episode_ssim_copy"] > video["episode_ssim_prophet"]
     # In the second chunk nothing changes any more, so the last frame is a perfect copy; in the first, frame 2 does.
     assert video["next_chunk_psnr_copy"] > video["episode_psnr_copy"]
-    assert video["episode_epe_still"] >= 0
-    assert report["proprio"]["end_cm"] > 0 and report["proprio"]["end_degrees"] >= 0
-    # The real frames do not depend on the actions here, and neither does what an untrained model copies.
-    assert report["actions"]["episodes"] == 6
+    assert report["proprio"]["end_cm"] > 0 and report["actions"]["episodes"] == 6
+
+
+def test_one_that_knows_everything_gets_full_marks_and_the_control_does_not_see_what_it_judges(tmp_path: Path) -> None:
+    """In validation the actions say the opposite of what they say in training."""
+    writer = LeRobotWriter(tmp_path / "data", fps=5, frame_stride=4, camera=CAMERA, image_size=96)
+    for index in range(30):
+        writer.write_episode(index, episode(index, "train" if index < 24 else "val", misleading=index >= 24))
+    writer.finalize()
+    oracle = Oracle.tiny_random()
+    oracle.episodes = list(EpisodeDataset(tmp_path / "data").select(split="val"))
+    reports = {
+        judge: evaluate(oracle, [tmp_path / "data"], tmp_path / "report", reward_model=judge())["libero_object"]
+        for judge in (RedCornerJudge, HeightJudge)
+    }
+    video, outcome = reports[RedCornerJudge]["video"], reports[RedCornerJudge]["outcome"]["all"]
+    for name in ("episode", "final", "next_chunk"):
+        assert video[f"{name}_psnr_prophet"] == 60 > video[f"{name}_psnr_autoencoder"] > 0
+    for name in ("episode_ssim", "episode_tssim", "next_chunk_ssim", "next_chunk_tssim"):
+        assert video[f"{name}_prophet"] == pytest.approx(1.0) and video[f"{name}_autoencoder"] < 1
+    assert video["episode_epe_prophet"] == 0 < video["episode_epe_still"]
+    assert video["episode_moving_epe_prophet"] == 0 < video["episode_moving_epe_still"]
+    assert video["episode_flow_cosine_prophet"] == pytest.approx(1.0)
+    assert outcome["imagined_frames"]["accuracy"] == 1 and outcome["actions_only"]["accuracy"] == 0
+    # What is imagined is judged by its own proprioception, and reality by the real one.
+    lifted = reports[HeightJudge]["outcome"]["all"]
+    assert lifted["imagined_frames"]["false_success_rate"] == 1 and lifted["real_frames"]["false_success_rate"] == 0
+    proprio, actions = reports[RedCornerJudge]["proprio"], reports[RedCornerJudge]["actions"]
+    for name in ("mean", "end"):
+        assert proprio[f"{name}_cm"] == pytest.approx(3.0, abs=1e-4)
+        assert proprio[f"{name}_degrees"] == pytest.approx(10.0, abs=1e-3)
+    assert actions["psnr_own"] == 60 > actions["psnr_swapped"] and actions["psnr_own"] > actions["psnr_none"]
+
+
+def test_episodes_of_one_suite_must_be_equally_long(tmp_path: Path) -> None:
+    writer = LeRobotWriter(tmp_path / "data", fps=5, frame_stride=4, camera=CAMERA, image_size=96)
+    for index in range(2):
+        whole = episode(index, "val")
+        some = {name: getattr(whole, name)[: 3 + index] for name in ("frames", "proprio", "success")}
+        writer.write_episode(index, replace(whole, actions=whole.actions[: 2 + index], **some))
+    writer.finalize()
+    with pytest.raises(ValueError, match=r"equally long to be compared, got \[3, 4\] frames"):
+        evaluate(ProphetPipeline.tiny_random(), [tmp_path / "data"], tmp_path / "report", reward_model=RedCornerJudge())
 
 
 @pytest.mark.parametrize("num_arms", [1, 2])

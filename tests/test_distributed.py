@@ -44,7 +44,6 @@ def one_step(vae: ProphetAutoencoder, loss_fn: LossFn, out: Path) -> ProphetAuto
 
 def twelve_steps(out: Path, stop_at: int | None) -> ProprioceptionModel:
     pipeline = ProphetPipeline.tiny_random()
-    torch.manual_seed(0)  # of the dropout
     model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, episodes(4), 8)
 
     def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:

@@ -553,6 +553,9 @@ def test_paused_envs_stay_as_they_are(fake: dict[str, Any], mode: AutoresetMode)
     actions = np.random.default_rng(0).uniform(-1, 1, (3, 3, 8, 7)).astype(np.float32)
     wrong = actions[0].copy()
     wrong[1] = np.nan  # not looked at
+    for rows in ([1, 0], np.zeros(envs.num_envs, np.int64), np.zeros(envs.num_envs + 1, np.bool_)):
+        with pytest.raises(ValueError, match="paused must be bool of shape"):
+            envs.paused = rows  # type: ignore[assignment]
     envs.paused[1] = True
     obs, rewards, terminated, truncated, _ = envs.step(wrong)
     expected, *_ = untouched.step(actions[0])
@@ -718,7 +721,7 @@ def started(starts: str) -> ProphetVectorEnv:
     return envs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     value=st.floats(width=32),
     dtype=st.sampled_from([np.float32, np.float64]),
@@ -834,6 +837,16 @@ def test_the_random_stream_can_be_read_and_set_before_the_first_reset(fake: dict
 def test_numpy_numbers_are_numbers(fake: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=np.int64(2), **{**fake, "max_chunks": np.int32(3)})  # type: ignore[arg-type]
     assert envs.reset(seed=np.int64(4))[1]["seed"].tolist() == [4, 5]  # type: ignore[arg-type]
+    assert envs.reset(seed=np.arange(6, 8))[1]["seed"].tolist() == [6, 7]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**63 - 1, -1, [0, 2**100]])
+def test_seeds_that_infos_cannot_tell_are_refused_before_anything_changes(fake: dict[str, Any], seed: Any) -> None:
+    envs = ProphetVectorEnv(num_envs=2, **fake)
+    before, _ = envs.reset(seed=3)
+    with pytest.raises(ValueError, match="Seeds must be in 0"):
+        envs.reset(seed=seed)
+    assert envs.np_random_seed == (3, 4) and data_equivalence(envs._observations(), before, exact=True)
 
 
 def test_make_vec_env_of_sb3_without_video(real: dict[str, Any]) -> None:
@@ -864,6 +877,26 @@ def test_bad_placement(real: dict[str, Any], arguments: dict[str, Any], message:
         ProphetEnv(**real, **arguments)
 
 
+def test_a_checkpoint_that_was_written_again_is_read_again(real: dict[str, Any], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        pipeline = ProphetPipeline.tiny_random(seed)
+        pipeline.save_pretrained(tmp_path / "pipeline")
+        world = ProphetVectorEnv(**{**real, "world_model": tmp_path / "pipeline"}).world_model
+        assert torch.equal(world.vae.encoder[1].weight, pipeline.vae.encoder[1].weight)  # type: ignore[attr-defined]
+
+
+def test_a_pipeline_in_bfloat16_keeps_its_proprioception(real: dict[str, Any], tmp_path: Path) -> None:
+    ProphetPipeline.tiny_random().save_pretrained(tmp_path / "pipeline")
+    for pipeline in (
+        ProphetPipeline.tiny_random().to(torch.bfloat16),
+        ProphetPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16),
+    ):
+        assert pipeline.transformer.dtype == torch.bfloat16 and pipeline.proprioception.dtype == torch.float32
+        env = ProphetEnv(**{**real, "world_model": pipeline})
+        env.reset(seed=0)
+        env.step(np.zeros((8, 7), np.float32))
+
+
 def test_start_states_of_another_image_size(fake: dict[str, Any], tmp_path: Path) -> None:
     start = StartState("s", 0, "t", "t", 0, "train", np.zeros(8, np.float32), np.zeros((64, 64, 3), np.uint8))
     write_start_states([start], tmp_path / "small.parquet")
@@ -872,16 +905,21 @@ def test_start_states_of_another_image_size(fake: dict[str, Any], tmp_path: Path
 
 
 class BrokenWorldModel(FakeWorldModel):
-    """Returns NaN for the state of its last row."""
+    """Returns NaN for the last row of its state or of its history."""
+
+    def __init__(self, broken: str) -> None:
+        super().__init__()
+        self.broken = broken
 
     def imagine(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
         chunk = super().imagine(*args, **kwargs)
-        chunk.state[-1] = torch.nan
+        getattr(chunk, self.broken)[-1] = torch.nan
         return chunk
 
 
-def test_a_world_model_that_returns_nan_is_not_believed(fake: dict[str, Any]) -> None:
-    envs = ProphetVectorEnv(num_envs=2, **{**fake, "world_model": BrokenWorldModel()})
+@pytest.mark.parametrize("broken", ["state", "history"])
+def test_a_world_model_that_returns_nan_is_not_believed(fake: dict[str, Any], broken: str) -> None:
+    envs = ProphetVectorEnv(num_envs=2, **{**fake, "world_model": BrokenWorldModel(broken)})
     envs.reset(seed=0)
     with pytest.raises(FloatingPointError, match=r"envs \[1\]"):
         envs.step(np.zeros((2, 8, 7), np.float32))

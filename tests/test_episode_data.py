@@ -113,7 +113,7 @@ def test_episode_refuses(fields: dict[str, Any], error: type[Exception], message
         make_episode(**fields)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(control_steps=st.integers(1, 30), stride=st.integers(1, 6))
 def test_with_frame_stride_keeps_actions_between_frames(control_steps: int, stride: int) -> None:
     fine = make_episode(0, control_steps, stride=1)
@@ -693,7 +693,7 @@ def fake_arrays(lengths: list[int]) -> EpisodeArrays:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(2, 9), min_size=1, max_size=5),
     history=st.integers(1, 5),
@@ -710,11 +710,11 @@ def test_windows_stay_in_their_episode(lengths: list[int], history: int, horizon
     generator = torch.Generator().manual_seed(seed)
     if not expected:
         with pytest.raises(ValueError, match="No episode has more than"):
-            ClipSampler(arrays, history, horizon, 8, generator)
+            ClipSampler(arrays, history, horizon, 8)
         return
-    sampler = ClipSampler(arrays, history, horizon, 400, generator)
+    sampler = ClipSampler(arrays, history, horizon, 400)
     assert sampler.num_windows == len(expected)
-    clip = next(sampler)
+    clip = sampler.draw(generator)
     assert clip.rows.shape == (400, history + horizon)
     drawn = [tuple(row) for row in clip.rows.tolist()]
     assert set(drawn) <= set(expected)
@@ -722,8 +722,8 @@ def test_windows_stay_in_their_episode(lengths: list[int], history: int, horizon
 
 
 def test_windows_are_drawn_uniformly() -> None:
-    sampler = ClipSampler(fake_arrays([3, 2, 12]), 2, 2, 60_000, torch.Generator().manual_seed(0))
-    present = next(sampler).rows[:, 1]
+    sampler = ClipSampler(fake_arrays([3, 2, 12]), 2, 2, 60_000)
+    present = sampler.draw(torch.Generator().manual_seed(0)).rows[:, 1]
     counts = torch.bincount(present, minlength=17)
     assert counts[counts > 0].numel() == sampler.num_windows == 11
     assert (counts[counts > 0] / 60_000 - 1 / 11).abs().max() < 0.01
@@ -732,4 +732,4 @@ def test_windows_are_drawn_uniformly() -> None:
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_sampler_refuses_sizes(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="must be >= 1, got 0"):
-        ClipSampler(fake_arrays([5]), *numbers, torch.Generator())
+        ClipSampler(fake_arrays([5]), *numbers)

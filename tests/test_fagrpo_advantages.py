@@ -16,7 +16,7 @@ def test_population_statistics_per_group() -> None:
     assert bool(mask.all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-100, 100, width=32)), min_size=1, max_size=40), st.randoms())
 def test_order_does_not_matter_and_groups_are_centred(rows: list[tuple[int, float]], random: object) -> None:
     groups = torch.tensor([group for group, _ in rows])

@@ -15,7 +15,7 @@ def coefficients(num_steps: int, noise_level: float) -> tuple[torch.Tensor, torc
     return velocity, std
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(1e-3, 2.0), min_size=1, max_size=20),
     st.floats(-1, 2),

@@ -56,7 +56,7 @@ def test_bad_grids_and_transitions_are_refused() -> None:
         sample_chain(lambda x, t: x, x, 3, 0.7, sde_steps=[3])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     t=st.floats(0.01, 1.0), fraction=st.floats(0.0, 0.95), a=st.floats(0.0, 2.0), schedule=st.sampled_from(SCHEDULES)
 )

@@ -210,7 +210,7 @@ def test_training_reaches_the_memory(pipeline: ProphetPipeline) -> None:
     transformer.framepack.time.data.sub_(1.0)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(st.lists(st.booleans(), min_size=3, max_size=3).filter(any))
 def test_envs_that_begin_anew_have_a_history_of_their_own(
     pipeline: ProphetPipeline,

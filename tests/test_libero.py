@@ -12,9 +12,10 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 from prophet_gym.data.episode import SPLITS
-from prophet_gym.envs.start_states import load_start_states
+from prophet_gym.envs.start_states import instruction_embedding, load_start_states
 from prophet_gym.simulators import libero as libero_module
 from prophet_gym.simulators.libero import LiberoEnv, task_number
+from prophet_gym.simulators.recording import record
 
 pytestmark = pytest.mark.libero
 NO_OP = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (8, 1))
@@ -303,3 +304,24 @@ def test_success_of_the_expert_and_of_a_policy_that_does_nothing():
 class Idle:
     def predict(self, observation, *, deterministic=False):
         return np.repeat(NO_OP[None], len(observation["image"]), axis=0), None
+
+
+class FailsOnTheSecondTask:
+    """A policy that stands still, and fails once it is told of the second task."""
+
+    def predict(self, observation, deterministic=False):
+        if not np.array_equal(observation["instruction"][0], embedding_of(0)):
+            raise RuntimeError("no idea")
+        return NO_OP[None], None
+
+
+def embedding_of(task):
+    start = load_start_states().draw(np.random.default_rng(0), suite="libero_object", split="val", task=task)
+    return instruction_embedding(start.instruction)
+
+
+def test_a_recording_that_fails_in_one_task_says_so_and_another_policy_does_not_resume_it(tmp_path):
+    with pytest.raises(RuntimeError, match="no idea"):
+        record("libero_object", 2, tmp_path / "data", workers=2, policy=FailsOnTheSecondTask(), video=False)
+    with pytest.raises(ValueError, match="belongs to a run with policy FailsOnTheSecondTask"):
+        record("libero_object", 2, tmp_path / "data", workers=2, video=False)

@@ -1,11 +1,14 @@
 """The `prophet` command: what it offers, and what it says of mistakes."""
 
+import json
 from pathlib import Path
 
 import pytest
+from test_agreement import data  # noqa: F401  (a fixture)
 
 from prophet_gym.cli import PRESETS, RECIPES, main
-from prophet_gym.world_model import adaptation, training
+from prophet_gym.reward.success_classifier import SuccessClassifier
+from prophet_gym.world_model import ProphetPipeline, adaptation, training
 from prophet_gym.world_model.pipeline import ACTION_STREAMS
 
 
@@ -24,6 +27,7 @@ def test_it_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["record", "--suite", "libero_objects", "--out", "data"], "libero_object"),
         (["train", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["train", ".", "--out", "out"], "otherwise it is no data set"),
+        (["train", ".", "--out", "out", "--device", "gpu"], "--device gpu cannot be used"),
         (["adapt", "nobody", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["evaluate", "nobody", "nowhere", "--report", "report"], "nobody"),
     ],
@@ -41,3 +45,22 @@ def test_mistakes_end_with_a_line(
     error = capsys.readouterr().err
     assert error.startswith(f"prophet {command[0]}: ") and message in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_judge_is_trained_and_evaluated(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ProphetPipeline.tiny_random().save_pretrained(tmp_path / "pipeline")
+    world, out = str(tmp_path / "pipeline"), str(tmp_path / "out")
+    command = ["train-reward", str(data), "--motion", str(data), "--world-model", world, "--steps", "2", "--out", out]
+    assert main(command) == main(command) == 0  # the second time it is finished
+    judge = SuccessClassifier.from_pretrained(tmp_path / "out" / "reward")
+    assert isinstance(judge.threshold, dict) and judge.motion_threshold is not None
+    assert main([*command, "--seed", "1"]) == 2
+    assert "belongs to a run with seed 0, this one has seed 1" in capsys.readouterr().err
+    report = ["--reward-model", str(tmp_path / "out" / "reward"), "--report", str(tmp_path / "report")]
+    assert main(["evaluate", world, str(data), "--episodes", "2", "--split", "test", *report]) == 0
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["libero_object"]["video"]["episodes"] == 2

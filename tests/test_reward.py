@@ -1,5 +1,6 @@
 """The success classifier: shapes, training on an easy rule, calibration, threshold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,36 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> N
     assert loaded.motion_threshold == classifier.motion_threshold == {suite: metrics[motion]["threshold"]}
     for name in ("logit_scale", "motion_scale", "motion_bias"):
         assert torch.equal(loaded.get_buffer(name), classifier.get_buffer(name))
+    # The same call returns what is finished; another one does not take its place.
+    same = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3}
+    finished, known = train_success_classifier(train, val, tmp_path, **same)  # type: ignore[arg-type]
+    assert known == metrics and finished.threshold == classifier.threshold
+    assert all(torch.equal(one, other) for one, other in zip(finished.parameters(), loaded.parameters(), strict=True))
+    for arguments, message in (({"seed": 1}, "seed 0, this one has seed 1"), ({"init": loaded}, "init None")):
+        with pytest.raises(ValueError, match=f"belongs to a run with {message}"):
+            train_success_classifier(train, val, tmp_path, **same | arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="belongs to a run with episodes"):
+        train_success_classifier(replace(train, proprio=-train.proprio), val, tmp_path, **same)  # type: ignore[arg-type]
     # Begun from the result, one step is enough.
     out = tmp_path / "again"
     _, again = train_success_classifier(train, val, out, steps=1, batch_size=16, learning_rate=1e-6, init=loaded)
     assert again[suite]["accuracy"] == 1.0
+
+
+def test_a_judge_needs_solved_and_failed_episodes(tmp_path: Path) -> None:
+    mixed = episodes(8)
+    solved = replace(mixed, success=torch.ones_like(mixed.success))
+    for arrays in (solved, replace(mixed, success=~solved.success)):
+        with pytest.raises(ValueError, match="learns from solved and from failed episodes"):
+            train_success_classifier(arrays, mixed, tmp_path)
+    with pytest.raises(ValueError, match="max_false_success_rate"):
+        train_success_classifier(mixed, mixed, tmp_path, max_false_success_rate=1.0)
+
+
+def test_no_more_failures_pass_than_allowed_however_sure_the_judge_is() -> None:
+    for peak in (0.2, 0.9995, 1.0):
+        peaks, failed = np.full(20, peak), np.zeros(20, dtype=bool)
+        assert (peaks >= choose_threshold(peaks, failed, 0.05)).sum() == 0
 
 
 def test_the_motion_learns_from_episodes_of_its_own(tmp_path: Path) -> None:

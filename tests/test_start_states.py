@@ -1,9 +1,11 @@
 """Start states: the table on disk, drawing from it, a user's own start, and the options of reset()."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -71,6 +73,19 @@ def test_write_then_draw_is_lossless(path: Path) -> None:
         for name in ("suite", "task", "task_name", "instruction", "init_state", "split"):
             assert getattr(start, name) == getattr(expected, name)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    small = replace(make_start(init_state=1), image=np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"'libero_object', 0, 1\): images must be square and of one size"):
+        write_start_states([make_start(), small], tmp_path / "starts.parquet")
+    parts = []
+    for number, start in enumerate((make_start(), small)):
+        write_start_states([start], tmp_path / f"{number}.parquet")
+        parts.append(pq.read_table(tmp_path / f"{number}.parquet"))
+    pq.write_table(pa.concat_tables(parts), tmp_path / "mixed.parquet")
+    with pytest.raises(ValueError, match=r"row 1: the image has \(64, 64\) pixels"):
+        StartStates(tmp_path / "mixed.parquet")
 
 
 def test_columns_are_the_documented_ones(path: Path) -> None:

@@ -109,7 +109,7 @@ def test_episodes_of_both_kinds_are_written_read_and_padded(tmp_path: Path) -> N
         load_arrays(datasets, "train", progress=False, num_arms=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), frames=st.integers(1, 3))
 def test_the_conditions_of_two_arms_are_those_of_each(seed: int, batch: int, frames: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -46,7 +46,7 @@ def test_agrees_with_scikit_image() -> None:
     np.testing.assert_allclose(temporal_ssim(imagined, real), ssim(*steps))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), batch=st.sampled_from([(), (2,), (2, 2)]))
 def test_identity_and_symmetry(seed: int, batch: tuple[int, ...]) -> None:
     real, other = smooth_video(seed, *batch, 3, 13, 16), smooth_video(seed + 1, *batch, 3, 13, 16)
@@ -58,7 +58,7 @@ def test_identity_and_symmetry(seed: int, batch: tuple[int, ...]) -> None:
     assert (ssim(other, real).abs() <= 1).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), sigma=st.floats(0.02, 0.1), factor=st.floats(1.5, 2.4))
 def test_more_noise_scores_lower(seed: int, sigma: float, factor: float) -> None:
     video = smooth_video(seed, 2, 24, 24)
@@ -156,7 +156,7 @@ def test_flow_metrics_of_known_flows() -> None:
     np.testing.assert_allclose(flow_cosine(half, right), [0, 0], atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), scale=st.floats(0.1, 10))
 def test_flow_metric_properties(seed: int, scale: float) -> None:
     x, y = np.random.default_rng(seed).normal(size=(2, 3, 8, 8, 2)).astype(np.float32)

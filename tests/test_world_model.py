@@ -134,7 +134,7 @@ def test_actions_change_the_video(pipeline: ProphetPipeline) -> None:
     assert (one - other).abs().max() > 1e-4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(batch=st.integers(1, 5), row=st.integers(0, 4), steps=st.integers(1, 3))
 def test_a_row_does_not_depend_on_its_neighbours(pipeline: ProphetPipeline, batch: int, row: int, steps: int) -> None:
     row %= batch
@@ -245,7 +245,6 @@ def test_history_keeps_the_first_frame_and_the_latest() -> None:
     assert advance_history(later, torch.tensor([5.0]).reshape(1, 1, 1, 1, 1)).flatten().tolist() == [0.0, 4.0, 5.0]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 255))
 def test_frames_and_pixels_are_inverse(level: int) -> None:
     frames = torch.full((1, 8, 8, 3), level, dtype=torch.uint8)
@@ -513,7 +512,7 @@ def ensemble() -> ProprioceptionModel:
 
 
 @given(members=st.lists(st.integers(0, 2), min_size=1, max_size=7))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_each_robot_is_moved_by_its_member(members: list[int]) -> None:
     """Whatever the others of the batch are moved by, and for as many frames as it likes."""
     model, count = ensemble(), len(members)
@@ -589,7 +588,6 @@ def test_every_member_is_trained_and_a_kill_changes_nothing(tmp_path: Path, monk
         pipeline.register_modules(proprioception=ProprioceptionModel(hidden_dim=8, width=16, num_members=3))
         pipeline.proprioception.load_state_dict(begin)
         set_robots(pipeline, arrays)
-        torch.manual_seed(0)  # of the dropout
         fit_proprioception(pipeline, arrays, out, stage, seed=0)
         return pipeline
 
@@ -635,7 +633,6 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
     def run(out: Path, stop_at: int | None) -> ProprioceptionModel:
         pipeline = ProphetPipeline.tiny_random()
-        torch.manual_seed(0)  # of the dropout
         model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, arrays, 8)
 
         def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -649,6 +646,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", 8)
+    torch.manual_seed(1)  # no random number but those of its seed matters, not even in a dropout
     resumed = run(tmp_path / "killed", None)
     assert not resumed.training and not run(tmp_path / "killed", None).training
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
@@ -783,8 +781,8 @@ def test_frames_around_a_movement_of_the_fingers_are_drawn_more_often() -> None:
     arrays.proprio[10:, 6] = 0.04
     weights = contact_weights(arrays)
     assert weights[7:14].eq(4).all() and weights[:7].eq(1).all() and weights[14:].eq(1).all()
-    sampler = ClipSampler(arrays, 1, 2, 2000, torch.Generator().manual_seed(0), weights)
-    drawn = next(sampler).rows[:, 0].bincount(minlength=40)
+    sampler = ClipSampler(arrays, 1, 2, 2000, weights)
+    drawn = sampler.draw(torch.Generator().manual_seed(0)).rows[:, 0].bincount(minlength=40)
     assert not drawn[[18, 19, 38, 39]].any()  # two frames must follow
     assert 2.5 < drawn[7:14].float().mean() / drawn[20:38].float().mean() < 6
 

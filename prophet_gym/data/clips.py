@@ -1,7 +1,7 @@
 """Training windows for the world model: all frames of a split in memory, and random clips as indices into them."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -40,6 +40,14 @@ class EpisodeArrays:
     def num_arms(self) -> int:
         """The number K of arms that there is room for."""
         return self.actions.shape[2] // ACTION_DIM
+
+    def checksum(self) -> int:
+        """One number for the actions, the proprioception and the verdicts, to tell whether these are the same episodes
+        (imagined ones have another proprioception)."""
+        checksum = 0
+        for values in (self.actions, self.proprio, self.success):
+            checksum = zlib.crc32(values.numpy().tobytes(), checksum)
+        return checksum
 
 
 def load_arrays(
@@ -184,13 +192,11 @@ class ClipIndices:
     episodes: Tensor
 
 
-class ClipSampler(Iterator[ClipIndices]):
-    """Draws windows for ever, with replacement over all frames that have ``horizon`` frames after them.
+class ClipSampler:
+    """Draws windows, with replacement over all frames that have ``horizon`` frames after them::
 
-    Everything random comes from ``generator``::
-
-        sampler = ClipSampler(arrays, history=4, horizon=2, batch_size=32, generator=torch.Generator().manual_seed(0))
-        clip = next(sampler)
+        sampler = ClipSampler(arrays, history=4, horizon=2, batch_size=32)
+        clip = sampler.draw(torch.Generator().manual_seed(0))
         frames = arrays.frames[clip.rows]
 
     ``num_windows`` is how many different windows there are.
@@ -199,7 +205,6 @@ class ClipSampler(Iterator[ClipIndices]):
     :param history: frames up to and including the present one, >= 1.
     :param horizon: frames to predict, >= 1. Episodes with no more frames than that are never drawn.
     :param batch_size: windows per batch, >= 1.
-    :param generator: a CPU generator; advanced at each batch.
     :param weights: float (N,), how often each frame is drawn as the present, relative to the others; None: uniformly.
     :raises ValueError: a number is below 1, every episode is too short, or no window has a weight.
     """
@@ -210,14 +215,12 @@ class ClipSampler(Iterator[ClipIndices]):
         history: int,
         horizon: int,
         batch_size: int,
-        generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> None:
         for name, number in (("history", history), ("horizon", horizon), ("batch_size", batch_size)):
             if number < 1:
                 raise ValueError(f"{name} must be >= 1, got {number}.")
         self.history, self.horizon, self.batch_size = history, horizon, batch_size
-        self.generator = generator
         self._starts = arrays.starts
         rest = torch.repeat_interleave(arrays.starts + arrays.lengths, arrays.lengths) - torch.arange(
             len(arrays.frames)
@@ -233,8 +236,9 @@ class ClipSampler(Iterator[ClipIndices]):
             raise ValueError("The weights of all windows are zero: nothing can be drawn.")
         self._offsets = torch.arange(1 - history, horizon + 1)
 
-    def __next__(self) -> ClipIndices:
-        drawn = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64) * self._cumulated[-1]
+    def draw(self, generator: torch.Generator) -> ClipIndices:
+        """A batch of windows, drawn by a CPU generator, which advances."""
+        drawn = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self._cumulated[-1]
         present = torch.searchsorted(self._cumulated, drawn, right=True)  # (B,)
         episodes = torch.searchsorted(self._starts, present, right=True) - 1
         first_rows = self._starts[episodes]

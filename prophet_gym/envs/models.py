@@ -135,16 +135,22 @@ def resolve_models(
 def load_world_model(world_model: str | Path, device: str = "auto", dtype: str = "auto") -> "ProphetPipeline":
     """The world model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
     folder = _checkpoint(world_model, "world model", "model_index.json")
-    return _load_world_model(folder, _device(device), _dtype(dtype))
+    return _load_world_model(folder, _modified(folder), _device(device), _dtype(dtype))
 
 
 def load_reward_model(reward_model: str | Path, device: str = "auto") -> "SuccessClassifier":
     """The reward model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
-    return _load_reward_model(_checkpoint(reward_model, "reward model", "config.json"), _device(device))
+    folder = _checkpoint(reward_model, "reward model", "config.json")
+    return _load_reward_model(folder, _modified(folder), _device(device))
+
+
+def _modified(folder: Path) -> int:
+    """When the newest file of a checkpoint was written, so that one that was trained again is read again."""
+    return max(file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file())
 
 
 @lru_cache(maxsize=4)
-def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPipeline":
+def _load_world_model(path: Path, modified_ns: int, device: str, dtype: torch.dtype) -> "ProphetPipeline":
     from prophet_gym.world_model.pipeline import ProphetPipeline
 
     _check_weights(path)
@@ -156,8 +162,6 @@ def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPi
             "them again."
         )
     pipeline.to(device)
-    # The proprioception works in float32, however it is stored: bfloat16 would round its poses to millimetres.
-    pipeline.proprioception.float()
     for part in (pipeline.vae, pipeline.transformer):
         # (`ModelMixin.to` would warn of modules to keep in float32: none.) Channels last is a third faster on a CPU.
         torch.nn.Module.to(part, dtype=dtype)
@@ -166,7 +170,7 @@ def _load_world_model(path: Path, device: str, dtype: torch.dtype) -> "ProphetPi
 
 
 @lru_cache(maxsize=4)
-def _load_reward_model(path: Path, device: str) -> "SuccessClassifier":
+def _load_reward_model(path: Path, modified_ns: int, device: str) -> "SuccessClassifier":
     from prophet_gym.reward.success_classifier import SuccessClassifier
 
     _check_weights(path)

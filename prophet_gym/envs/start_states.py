@@ -103,7 +103,13 @@ class StartStates:
             by_split = self._index.setdefault(row["suite"], {}).setdefault(row["task"], {})
             by_split.setdefault(row["split"], {})[row["init_state"]] = number
             self._task_numbers[row["suite"], row["task_name"]] = row["task"]
-        self.image_size = len(_decode_image(self._rows[0]["image"], f"{self.path}, row 0"))
+        sizes = [_image_size(row["image"], f"{self.path}, row {number}") for number, row in enumerate(self._rows)]
+        self.image_size = sizes[0][0]
+        if wrong := [number for number, size in enumerate(sizes) if size != (self.image_size, self.image_size)]:
+            raise ValueError(
+                f"{self.path}, row {wrong[0]}: the image has {sizes[wrong[0]]} pixels; all must be square and of one "
+                f"size, row 0 has {sizes[0]}. Write it with write_start_states."
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -391,10 +397,12 @@ def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str])
 
     :param rows: the starts; every (suite, task, init_state) once.
     :param path: the file to write; a file that is there is replaced.
-    :raises ValueError: no rows, two rows of one initial state, or a row with a wrong image, proprioception or split.
+    :raises ValueError: no rows, two rows of one initial state, images of several sizes, or a row with a wrong image,
+        proprioception or split.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     seen: set[tuple[str, int, int]] = set()
+    size = 0
     for row in rows:
         key = (row.suite, row.task, row.init_state)
         if key in seen:
@@ -403,6 +411,11 @@ def write_start_states(rows: Iterable[StartState], path: str | os.PathLike[str])
         if row.image.dtype != np.uint8 or row.image.ndim != 3 or row.image.shape[2] != 3:
             raise ValueError(
                 f"Start state {key}: image must be uint8 (H, W, 3), got {row.image.dtype} {row.image.shape}."
+            )
+        size = size or len(row.image)
+        if row.image.shape[:2] != (size, size):
+            raise ValueError(
+                f"Start state {key}: images must be square and of one size, got {row.image.shape[:2]} after {size}."
             )
         if not _is_proprio(row.proprio) or not np.isfinite(row.proprio).all():
             raise ValueError(
@@ -428,10 +441,22 @@ def _encode_image(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
+def _image_size(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height, without decoding the image."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
+            return image.size
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{where}: the image is not a readable WebP or PNG ({error}).") from error
+
+
+@lru_cache(maxsize=1024)  # resets come back to the same starts
 def _decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
-            return np.array(image.convert("RGB"), dtype=np.uint8)
+            pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+            pixels.setflags(write=False)
+            return pixels
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{where}: the image is not a readable WebP or PNG ({error}).") from error
 

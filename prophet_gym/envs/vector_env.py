@@ -77,7 +77,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
 
     The attribute ``paused``, bool (num_envs,), is yours to set: :meth:`step` leaves those envs as they are and spends
     nothing on them (an algorithm that waits for the last episodes of a batch). They repeat their observation with
-    reward 0; their actions are not looked at.
+    reward 0; their actions are not looked at. A reset does not change it.
 
     :raises ValueError: an unknown suite, task, split, member, reward type, mode, device or dtype; damaged weights.
     :raises FileNotFoundError: no such model or start states.
@@ -178,7 +178,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._probability = np.zeros(num_envs, np.float64)
         self._solved = np.zeros(num_envs, np.bool_)  # the probability has reached the threshold
         self._done = np.zeros(num_envs, np.bool_)
-        self.paused = np.zeros(num_envs, np.bool_)
+        self._paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
         self._state: torch.Tensor | None = None  # (num_envs, S)
         self._starts: list[StartState | None] = [None] * num_envs
@@ -200,6 +200,21 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self.np_random  # noqa: B018  (seeds the streams that have none yet)
         return tuple(self._seeds)
 
+    @property
+    def paused(self) -> NDArray[np.bool_]:
+        """Which envs :meth:`step` leaves as they are, bool (num_envs,); yours to set.
+
+        :raises ValueError: another shape or dtype.
+        """
+        return self._paused
+
+    @paused.setter
+    def paused(self, paused: NDArray[np.bool_]) -> None:
+        given = np.asarray(paused)
+        if given.dtype != np.bool_ or given.shape != (self.num_envs,):
+            raise ValueError(f"paused must be bool of shape ({self.num_envs},), got {given.dtype} {given.shape}.")
+        self._paused = given
+
     def reset(
         self,
         *,
@@ -209,7 +224,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Begin new episodes.
 
         :param seed: an int (env i gets ``seed + i``), one int or None per env, or None: the random streams go on. Envs
-            with equal seeds get the same start, member and noise.
+            with equal seeds get the same start, member and noise. Below 2**63, for infos tell them.
         :param options: a dict, or a list with one dict of :class:`ProphetEnv`'s options per env. Of the dict
 
             - ``suite``, ``task``, ``init_state``: for these episodes; one value, or one per env (None: as constructed,
@@ -230,8 +245,12 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         request = ResetRequest.parse(options, self.num_envs)
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + i for i in range(self.num_envs)]
-        if seed is not None and len(seed) != self.num_envs:
-            raise ValueError(f"A list of seeds needs one per env ({self.num_envs}), got {len(seed)}.")
+        if seed is not None:
+            if len(seed) != self.num_envs:
+                raise ValueError(f"A list of seeds needs one per env ({self.num_envs}), got {len(seed)}.")
+            seed = [None if one is None else int(one) for one in seed]
+            if wrong := [one for one in seed if one is not None and not 0 <= one < 2**63]:
+                raise ValueError(f"Seeds must be in 0 ... 2**63 - 1, got {wrong[0]}.")
         rows = np.flatnonzero(request.mask)
         if any(self._starts[i] is None for i in np.flatnonzero(~request.mask).tolist()):
             raise gym.error.ResetNeeded("The first reset() must reset every env: leave 'reset_mask' out.")
@@ -462,9 +481,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             proprio, state = self.world_model.imagine_motion(
                 self._state[index], chunk_actions, starts=self._clips[rows, 0], suites=suites
             )
-        finite = state.isfinite().all(dim=1).cpu().numpy()
+        finite = state.isfinite().all(dim=1)
+        if self.video:  # a NaN in the video is black in its frames
+            finite &= chunk.history.isfinite().flatten(1).all(dim=1)
         if not finite.all():
-            lost = rows[~finite].tolist()
+            lost = rows[~finite.cpu().numpy()].tolist()
             raise FloatingPointError(
                 f"The world model returned NaN for envs {lost}: try dtype='float32', or other weights."
             )

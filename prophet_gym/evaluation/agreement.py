@@ -99,7 +99,9 @@ def evaluate(
     episodes: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a world model and a reward model on recorded episodes that neither was trained on.
+    """Measure a world model and a reward model on recorded episodes that neither has learned from.
+
+    A reward model's thresholds are chosen on validation episodes: how few failures pass is for the test split to say.
 
     Writes `results.json`, `report.html` (self-contained), and per suite `drift_*.png`, `contact_sheet_*.png` and
     `side_by_side_*.mp4` (real above imagined) to `report`.
@@ -118,7 +120,8 @@ def evaluate(
         outcomes of all suites together under "all".
 
     Raises:
-        ValueError: a split is "train", on which the models were trained, or otherwise neither "val" nor "test".
+        ValueError: a split is "train", on which the models were trained, or otherwise neither "val" nor "test"; or the
+            episodes of a suite differ in length.
         TypeError: the checkpoint is not a `ProphetPipeline`.
     """
     if not splits or not set(splits) <= {"val", "test"}:
@@ -137,6 +140,11 @@ def evaluate(
         arrays = concatenate([load_arrays(held_out, split, num_arms=pipeline.num_arms) for split in splits])
         if episodes is not None:
             arrays, _ = subset(arrays, episodes, seed)
+        if len(lengths := arrays.lengths.unique()) > 1:  # the longer ones would lose their ends, and their outcomes
+            raise ValueError(
+                f"The episodes of {suite!r} must be equally long to be compared, got {lengths.tolist()} frames: record "
+                "them with `prophet record`, or evaluate data sets of different lengths separately."
+            )
         chosen = torch.arange(len(arrays.records))
         rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
         clips, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from prophet_gym.data.episode import Policy
@@ -36,11 +37,9 @@ class Rollouts:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the success rate."""
-        n, p, z = len(self.success), self.rate, 1.96
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return float(centre - half), float(centre + half)
+        """Wilson's 95% interval of the success rate, which takes the episodes for independent."""
+        interval = binomtest(int(self.success.sum()), len(self.success)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -173,10 +172,13 @@ def _libero_task(
     import torch
 
     from prophet_gym.simulators.libero import LiberoEnv
+    from prophet_gym.simulators.recording import CHUNK_SIZE
+    from prophet_gym.simulators.suites import SUITES
 
     torch.set_num_threads(1)
     torch.manual_seed(1000 * seed + int(starts[0, 0]))
-    env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split)
+    max_chunks = SUITES[suite].control_steps // CHUNK_SIZE
+    env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split, max_chunks=max_chunks)
     success = np.zeros(len(starts), bool)
     video: list[NDArray[np.uint8]] = []
     for index, (_, init_state) in enumerate(starts):

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.reward.success_classifier import SuccessClassifier
+from prophet_gym.run_folder import claim, weights_checksum
 from prophet_gym.training import LossFn, fit
 
 
@@ -39,15 +40,32 @@ def train_success_classifier(
         motion_arrays: episodes from which the motion learns, and only the motion; None: `train_arrays`.
         steps, batch_size, learning_rate, seed, device: of the training.
         init: a classifier to begin from, which stays as it is; None begins from random weights.
-        max_false_success_rate: share of a suite's failed validation episodes that its threshold lets pass at most:
-            false successes are what RL exploits.
+        max_false_success_rate: share, in [0, 1), of a suite's failed validation episodes that its threshold lets pass
+            at most: false successes are what RL exploits.
 
     Returns:
         The classifier, and its metrics on `val_arrays` (see `calibrate`), also written to `reward/metrics.json`.
+
+    Raises:
+        ValueError: a rate out of range; no solved or no failed training episode, or one of fewer than three frames; or
+            `out` is another run's, see `claim`.
     """
+    if not 0 <= max_false_success_rate < 1:
+        raise ValueError(f"max_false_success_rate must be in [0, 1), got {max_false_success_rate}.")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     motion_arrays = train_arrays if motion_arrays is None else motion_arrays
+    run = {"command": "train-reward", "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    run |= {"seed": seed, "init": None if init is None else weights_checksum(init)}
+    run |= {"max_false_success_rate": max_false_success_rate}
+    run |= {
+        "episodes": train_arrays.checksum(),
+        "validation": val_arrays.checksum(),
+        "motion": motion_arrays.checksum(),
+    }
+    claim(out, **run)
+    if (out / "reward").exists():
+        finished = SuccessClassifier.from_pretrained(out / "reward", use_safetensors=True, local_files_only=True)
+        return finished.to(device).eval(), json.loads((out / "reward" / "metrics.json").read_text())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if init is not None:
@@ -82,6 +100,12 @@ def classification_loss(
     solved = arrays.success.nonzero()[:, 0]
     last = arrays.starts + arrays.lengths - 1
     failed = ~arrays.success[last]
+    if not len(solved) or not failed.any() or int(arrays.lengths.min()) < 3:
+        raise ValueError(
+            "A judge learns from solved and from failed episodes of three frames or more; these have "
+            f"{len(solved)} solved frames, {int(failed.sum())} failed episodes and lengths from "
+            f"{int(arrays.lengths.min())} on: record more, for example with --policy."
+        )
     ends = torch.cat([last[failed] - k for k in range(int(arrays.lengths.min()) // 3)])
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -221,7 +245,7 @@ def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_f
     failures = np.sort(peak[~solved])[::-1]
     allowed = int(max_false_success_rate * len(failures))
     limit = failures[allowed] if allowed < len(failures) else 0.0
-    return float(min(max(0.5, np.nextafter(limit, 1.0)), 0.999))
+    return float(max(0.5, np.nextafter(limit, 2.0)))
 
 
 def episode_metrics(

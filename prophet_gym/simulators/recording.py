@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from prophet_gym.data.episode import ACTION_DIM, Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
+from prophet_gym.run_folder import claim, weights_checksum
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
 from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation, Suite
 
@@ -120,7 +122,7 @@ def record(
         the folder of the finished data set.
 
     Raises:
-        ValueError: an unknown suite or split, a count below 1, or `out` holds episodes of another recording.
+        ValueError: an unknown suite or split, a count below 1, or `out` is another recording's.
         ImportError: the suite's simulator is not installed; names the extra that brings it.
     """
     if suite not in SUITES:
@@ -132,6 +134,8 @@ def record(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
+    acts = weights_checksum(policy) if isinstance(policy, torch.nn.Module) else policy and type(policy).__name__
+    claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts)
     plans = plan_episodes(suite, episodes, seed, policy is not None, split)
     spawn = get_context("spawn")
     written = spawn.Queue()
@@ -145,9 +149,10 @@ def record(
                 progress.update()
             except queue.Empty:
                 continue
-        for job in jobs:
-            if job.done() and job.exception():
-                pool.shutdown(wait=False, cancel_futures=True)
+        if failed := next((job for job in jobs if job.done() and job.exception()), None):
+            for job in jobs:
+                job.cancel()
+            failed.result()  # raises
         cameras = [job.result() for job in jobs]
     _writer(root, cameras[0], SUITES[suite].robot, video).finalize(episodes)
     return root
@@ -179,7 +184,7 @@ def record_episode(
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
-            chunk = policy.predict(observation)[0][0]
+            chunk = np.array(policy.predict(observation)[0][0], np.float32)  # its own array is not ours to change
             if chunk.shape != (CHUNK_SIZE, len(suite.robot.action_mask)):
                 raise ValueError(
                     f"The policy's actions have shape {chunk.shape}, and {suite.robot.name!r} takes "
@@ -261,10 +266,7 @@ def _start_worker(written: Any) -> None:
 def _record_task(
     suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | None = None, video: bool = True
 ) -> dict[str, list[list[float]]]:
-    import torch
-
     torch.set_num_threads(1)
-
     simulation = SUITES[suite].load(suite, plans[0].task, IMAGE_SIZE)
     camera = simulation.camera()
     writer = _writer(root, camera, SUITES[suite].robot, video)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.run_folder import weights_checksum
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
@@ -90,7 +91,8 @@ def adapt(
     Raises:
         ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, num_members below 1 or where
             no proprioception is trained anew, or episodes of another stride, size or robot state than the pipeline's,
-            of more robots than it has slots, or of robots that do not agree with it, see `set_robots`.
+            of more robots than it has slots, or of robots that do not agree with it, see `set_robots`; or `out` is
+            another run's, see `claim`.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:
@@ -113,7 +115,10 @@ def adapt(
                 f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}. (Where a robot has "
                 f"fewer arms, load them with num_arms={pipeline.num_arms}.)"
             )
-    if (finished := finished_pipeline(out, device)) is not None:
+    run = {"command": "adapt", "recipe": recipe, "lora_rank": lora_rank, "num_members": num_members, "seed": seed}
+    begins = weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception)
+    run |= {"checkpoint": begins, "episodes": train_arrays.checksum()}
+    if (finished := finished_pipeline(out, device, **run)) is not None:
         return finished
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))

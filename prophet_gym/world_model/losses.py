@@ -38,9 +38,10 @@ def proprioception_loss(
     learned = (others | ~others.any()).repeat_interleave(arrays.lengths)
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
+    sampler = ClipSampler(arrays, 1, frames, batch_size, learned)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = next(ClipSampler(arrays, 1, frames, batch_size, generator, learned))
+        clip = sampler.draw(generator)
         at_start = torch.rand(batch_size, generator=generator) < 0.5
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
         projection, robot = projections[clip.episodes].to(model.device), robots[clip.episodes].to(model.device)
@@ -85,10 +86,10 @@ def autoencoder_loss(
         projections: float32 (E, K, 3, 4), the camera of each episode of `arrays`.
     """
 
-    holds = track_holds(arrays)
+    holds, sampler = track_holds(arrays), ClipSampler(arrays, 1, 2, batch_size)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = next(ClipSampler(arrays, 1, 2, batch_size, generator))
+        clip = sampler.draw(generator)
         elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
         usual = torch.rand(batch_size, generator=generator) < 0.75
         reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
@@ -119,10 +120,10 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: Ima
     makes the best of their errors."""
     vae, chunk_frames = pipeline.vae, pipeline.chunk_frames
     projections = pipeline.projection([record.suite for record in arrays.records])
-    holds = track_holds(arrays)
+    holds, sampler = track_holds(arrays), ClipSampler(arrays, 1, 1, batch_size)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = next(ClipSampler(arrays, 1, 1, batch_size, generator))
+        clip = sampler.draw(generator)
         rows, first = clip.rows[:, 1], clip.first_rows
         latest = rows - 1 - (rows - 1 - first) % chunk_frames  # the frame that the chunk began from
         window = _Window.choose(arrays, rows, first, generator)
@@ -174,11 +175,14 @@ def transformer_loss(
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     weights, holds = contact_weights(arrays), track_holds(arrays)
+    recent = transformer.buffer_frames - 1
+    samplers = {
+        chunks: ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, weights) for chunks in (1, max_chunks)
+    }
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         chunks = max_chunks if step >= 0.5 * steps else 1
-        recent = transformer.buffer_frames - 1
-        clip = next(ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, generator, weights))
+        clip = samplers[chunks].draw(generator)
         projection, robot = projections[clip.episodes].to(device), robots[clip.episodes].to(device)
         history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float()
         if imagined is not None:

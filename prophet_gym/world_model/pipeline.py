@@ -145,6 +145,7 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
+        proprioception.float()  # whatever the others are: bfloat16 would round its poses to millimetres
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
         self.register_to_config(
             image_size=image_size,
@@ -188,6 +189,12 @@ class ProphetPipeline(DiffusionPipeline):
                 },
                 robots=[("panda", ["libero_object"])],
             )
+
+    def to(self, *args: Any, **kwargs: Any) -> "ProphetPipeline":
+        """Move or convert the models, as any diffusers pipeline; the proprioception keeps float32."""
+        super().to(*args, **kwargs)
+        self.proprioception.float()
+        return self
 
     @property
     def image_size(self) -> int:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.run_folder import claim
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
@@ -277,7 +278,7 @@ def train(
         The trained pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown preset, or one that does not go with `pretrained`.
+        ValueError: unknown preset, or one that does not go with `pretrained`; or `out` is another run's, see `claim`.
         OSError: a folder of `pretrained` holds no model.
     """
     if preset not in PRESETS:
@@ -288,7 +289,9 @@ def train(
             'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
             f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
         )
-    if (finished := finished_pipeline(out, device)) is not None:
+    run = {"command": "train", "preset": preset, "seed": seed, "action_streams": action_streams}
+    run |= {"pretrained": None if pretrained is None else str(pretrained), "episodes": train_arrays.checksum()}
+    if (finished := finished_pipeline(out, device, **run)) is not None:
         return finished
     stride = train_arrays.actions.shape[1]
     arms = {"num_arms": train_arrays.num_arms}
@@ -328,14 +331,15 @@ def train(
     return pipeline
 
 
-def finished_pipeline(out: Path, device: str) -> ProphetPipeline | None:
-    """What an earlier run wrote to `out / pipeline`, on `device`; if nothing, `out` is made for this run."""
+def finished_pipeline(out: Path, device: str, **run: Any) -> ProphetPipeline | None:
+    """What this run wrote to `out / pipeline` before, on `device`; if nothing, `out` is made for it, see `claim`."""
     processes = PartialState(cpu=device == "cpu")  # makes "cuda" this process's own one
     finished = (out / "pipeline").exists()
     processes.wait_for_everyone()  # before the first process can make it exist
+    with processes.main_process_first():
+        claim(out, **run)
     if finished:
-        return ProphetPipeline.from_pretrained(out / "pipeline").to(device)
-    out.mkdir(parents=True, exist_ok=True)
+        return ProphetPipeline.from_pretrained(out / "pipeline", use_safetensors=True, local_files_only=True).to(device)
     return None
 
 

@@ -1,0 +1,46 @@
+"""Whose folder it is: a run that is given again resumes, and another one does not take its results for its own."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def claim(out: Path, **settings: Any) -> None:
+    """Make the folder of a run, or see that it is this run's, of the first process of several: what is finished in it
+    is not done again, and must be what these settings would make.
+
+    Args:
+        out: the folder. settings: what decides on the result, as JSON can hold it; kept in `out / run.json`.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings.
+    """
+    file = out / "run.json"
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        other = sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name))
+        if not other:
+            return
+        if len(list(out.iterdir())) > 1:  # else that run made nothing
+            raise ValueError(
+                f"{out} belongs to a run with {', '.join(f'{name} {theirs.get(name)}' for name in other)}, this one "
+                f"has {', '.join(f'{name} {settings.get(name)}' for name in other)}: choose another folder, or the "
+                "same settings to resume."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / ".run.json.tmp"
+    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
+def weights_checksum(*modules: torch.nn.Module) -> int:
+    """One number for the weights of some modules, to tell whether they are the same."""
+    checksum = 0
+    for module in modules:
+        for weight in module.state_dict().values():
+            checksum = zlib.crc32(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+    return checksum
