@@ -217,10 +217,13 @@ def train(arguments: argparse.Namespace) -> int:
 
 def average(arguments: argparse.Namespace) -> int:
     """Average the weights of policies, each a folder or a checkpoint."""
-    policies = [
-        FAGRPO.load(path, device="cpu").policy if path.suffix == ".zip" else FlowPolicy.from_safetensors(path)
-        for path in arguments.policies
-    ]
+    policies = []
+    for path in arguments.policies:
+        if path.suffix == ".zip":
+            model = FAGRPO.load(path, device="cpu")
+            policies.append(model.average_policy or model.policy)
+        else:
+            policies.append(FlowPolicy.from_safetensors(path))
     average_policies(policies).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     return 0
@@ -292,7 +295,9 @@ def build_parser() -> argparse.ArgumentParser:
     learn.set_defaults(run=train)
 
     mean = commands.add_parser(
-        "average", help="average the weights of policies that were post-trained from one: of seeds, of checkpoints"
+        "average",
+        help="average the weights of policies that were post-trained from one: of seeds, of checkpoints (of their moving "
+        "averages, where they have them)",
     )
     mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`, or its checkpoints")
     mean.add_argument("--out", type=Path, required=True, help="folder for the policy")

@@ -25,7 +25,7 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     policy.export_safetensors(tmp_path / "sft")
     command = ["train", str(tmp_path / "sft"), "--env", "Pendulum-v1", "--out", str(tmp_path / "rl"), "--quiet"]
     command += ["--num-envs", "2", "--group-size", "2", "--checkpoint-every", "400", "--seed", "0", "--device", "cpu"]
-    command += ["--sde-window", "2", "--target-kl", "0.5"]
+    command += ["--sde-window", "2", "--target-kl", "0.5", "--ema-decay", "0.5"]
     assert main([*command, "--steps", "400"]) == 0
     first = FlowPolicy.from_safetensors(tmp_path / "rl")
     assert main([*command, "--steps", "800"]) == 0
@@ -39,7 +39,7 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     checkpoints = [str(tmp_path / "rl" / f"checkpoint_{steps}_steps.zip") for steps in (400, 800)]
     assert main(["average", *checkpoints, str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]) == 0
     mean = FlowPolicy.from_safetensors(tmp_path / "mean")
-    parts = [FAGRPO.load(path).policy.state_dict() for path in checkpoints] + [second.state_dict()]
+    parts = [FAGRPO.load(path).average_policy.state_dict() for path in checkpoints] + [second.state_dict()]
     for key, value in mean.state_dict().items():
         torch.testing.assert_close(value, sum(part[key] for part in parts) / 3)
 

@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 1500, "batch_size": 16, "learning_rate": 5e-4, "max_chunks": 1},
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
-    # need no video. Models that went on from the old weights did worse on held-out episodes (docs/results.md).
+    # need no video. Models that went on from the old weights did worse on held-out episodes (docs/experiments.md).
     "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
     # Seconds, for tests.
     "debug": {
