@@ -296,8 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     mean = commands.add_parser(
         "average",
-        help="average the weights of policies that were post-trained from one: of seeds, of checkpoints (of their moving "
-        "averages, where they have them)",
+        help="average the weights of policies that were post-trained from one: of seeds, or of checkpoints, their "
+        "moving averages where they have them",
     )
     mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`, or its checkpoints")
     mean.add_argument("--out", type=Path, required=True, help="folder for the policy")

@@ -122,7 +122,7 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "drift_libero_object.png").is_file()
     assert (tmp_path / "contact_sheet_libero_object.png").is_file()
     page = (tmp_path / "report.html").read_text()
-    assert "imagined_frames" in page and page.count("base64") == 3
+    assert "imagined_frames" in page and page.count("base64") == 3 and "flatter" in page
 
     report = results["libero_object"]
     assert results["all"]["outcome"] == report["outcome"]

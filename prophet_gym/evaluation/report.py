@@ -38,7 +38,9 @@ def write_report(report: Path, results: dict[str, Any]) -> None:
     """Write `results.json` and `report.html`; the pictures of `draw_suite` are embedded in it."""
     parts = ["<!doctype html><meta charset=utf-8><title>Prophet against the real simulator</title>", _STYLE]
     for suite, values in results.items():
-        parts.append(f"<h1>{html.escape(suite)}</h1>")
+        parts.append(f"<h1>{html.escape(suite)}</h1><p>Splits: {html.escape(', '.join(values['splits']))}.")
+        if "val" in values["splits"]:
+            parts.append("A judge's thresholds are chosen on validation episodes: its outcomes there flatter it.")
         for section, content in values.items():
             if isinstance(content, dict):
                 parts.append(f"<h2>{section}</h2>{_table(content)}")
