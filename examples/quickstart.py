@@ -5,7 +5,7 @@
 loads the shipped Prophet world model, its reward model and a flow policy that was cloned from 40 demonstrations of each
 of two LIBERO suites and needs no image; improves it on libero_object with FA-GRPO inside Prophet-LIBERO-v0, where
 thousands of episodes are imagined without video, on training starts only; and compares it before and after on
-validation starts, now with video. With `pip install "prophet-gym[libero]"` the same comparison is made in the real
+validation starts, now with video. With `pip install -e ".[libero]"` the same comparison is made in the real
 simulator, which training never touched. Results go to runs/quickstart: results.json, learning_curve.png,
 before_after_*.mp4, TensorBoard logs, the policy.
 """
@@ -155,7 +155,7 @@ def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[
     if "LIBERO (real)" not in before:
         print(
             "FA-GRPO improves what Prophet rewards, and may exploit where Prophet errs (docs/results.md): believe a "
-            'policy after it has shown itself in the real simulator, pip install "prophet-gym[libero]".'
+            'policy after it has shown itself in the real simulator, pip install -e ".[libero]".'
         )
 
     summary = {

@@ -48,6 +48,9 @@ class FakeWorldModel:
     def arms(self, suite: str) -> int:
         return 1
 
+    def members(self, suite: str) -> range:
+        return range(3)
+
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images[:, None, ::24, ::24].astype(np.float64))
 

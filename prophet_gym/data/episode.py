@@ -18,6 +18,8 @@ PROPRIO_DIM = 8
 """Numbers of proprioception, for each arm."""
 GRIPPERS = slice(ACTION_DIM - 1, None, ACTION_DIM)
 """Which numbers of an action are the grippers' commands, one for each arm."""
+CHUNK_SIZE, FRAME_STRIDE, FPS, IMAGE_SIZE = 8, 4, 5, 96
+"""Of what is recorded here: control steps of a chunk and of a video frame, video frames a second, pixels a side."""
 PROPRIO_BOUND = 10.0
 """Bound of the proprioception space in metres and radians: far beyond the reach of the arm."""
 ORIENTATIONS = ("upright", "upside_down", "mirrored", "rotated_180")

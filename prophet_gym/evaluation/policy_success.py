@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-from prophet_gym.data.episode import Policy
+from prophet_gym.data.episode import CHUNK_SIZE, IMAGE_SIZE, Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 
 
@@ -154,7 +154,7 @@ def _expert_task(
 ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
     """All episodes of one task, in a worker process."""
     from prophet_gym.simulators.libero import load_simulation
-    from prophet_gym.simulators.recording import IMAGE_SIZE, EpisodePlan, record_episode
+    from prophet_gym.simulators.recording import EpisodePlan, record_episode
 
     simulation = load_simulation(suite, int(starts[0, 0]), IMAGE_SIZE)
     episodes = [
@@ -172,7 +172,6 @@ def _libero_task(
     import torch
 
     from prophet_gym.simulators.libero import LiberoEnv
-    from prophet_gym.simulators.recording import CHUNK_SIZE
     from prophet_gym.simulators.suites import SUITES
 
     torch.set_num_threads(1)

@@ -31,6 +31,13 @@ def proprioception(position: Array, quaternion: Array, fingers: Array) -> NDArra
     return np.concatenate([position, rotation, fingers]).astype(np.float32)
 
 
+def rotation_error(goal: Array, current: Array) -> Array:
+    """Small-angle rotation vector (3,) that turns ``current`` (3, 3) into ``goal`` (3, 3), world frame: sin(angle)
+    instead of the angle."""
+    product = goal @ current.T
+    return 0.5 * np.array([product[2, 1] - product[1, 2], product[0, 2] - product[2, 0], product[1, 0] - product[0, 1]])
+
+
 def multiply(first: Array, second: Array) -> Array:
     """Product of two quaternions (4,), w first: turn by ``second`` in the axes that ``first`` has turned."""
     w, v, u, x = first[0], first[1:], second[0], second[1:]

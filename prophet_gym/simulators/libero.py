@@ -11,7 +11,16 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_DIM, ACTION_TOLERANCE, PROPRIO_BOUND, PROPRIO_DIM, SPLITS
+from prophet_gym.data.episode import (
+    ACTION_DIM,
+    ACTION_TOLERANCE,
+    CHUNK_SIZE,
+    FRAME_STRIDE,
+    IMAGE_SIZE,
+    PROPRIO_BOUND,
+    PROPRIO_DIM,
+    SPLITS,
+)
 from prophet_gym.data.instructions import EMBEDDING_DIM, embed_instructions
 
 if TYPE_CHECKING:
@@ -19,9 +28,7 @@ if TYPE_CHECKING:
 
 Observation = dict[str, NDArray[Any]]
 
-SUITES = ("libero_object", "libero_spatial", "libero_goal", "libero_10")
-CHUNK = 8
-FRAME_STRIDE = 4
+LIBERO_SUITES = ("libero_object", "libero_spatial", "libero_goal", "libero_10")
 _OPTIONS = ("suite", "task", "init_state")
 
 
@@ -108,18 +115,18 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
         task_names(suite)  # an unknown suite, or a missing LIBERO, shows here rather than at the first reset
         self.observation_space: gym.spaces.Dict = gym.spaces.Dict(  # type: ignore[assignment]
             {
-                "image": gym.spaces.Box(0, 255, (96, 96, 3), np.uint8),
+                "image": gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
                 "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM,), np.float32),
                 "instruction": gym.spaces.Box(-1.0, 1.0, (EMBEDDING_DIM,), np.float32),
             }
         )
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (CHUNK, ACTION_DIM), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (CHUNK_SIZE, ACTION_DIM), np.float32)
         self._simulation: LiberoSimulation | None = None
         self._embedding = np.zeros(EMBEDDING_DIM, np.float32)
         self._init_state = 0
         self._chunks = 0
         self._over = True
-        self._image = np.zeros((96, 96, 3), np.uint8)
+        self._image = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
     @property
     def simulation(self) -> LiberoSimulation:
@@ -234,8 +241,8 @@ def task_names(suite: str) -> list[str]:
         ValueError: an unknown suite.
         ImportError, RuntimeError: see :func:`load_simulation`.
     """
-    if suite not in SUITES:
-        raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
+    if suite not in LIBERO_SUITES:
+        raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(LIBERO_SUITES)}.")
     return [str(name) for name in _simulation_module().task_names(suite)]
 
 
@@ -253,7 +260,7 @@ def task_number(suite: str, task: int | str) -> int:
     return int(number)
 
 
-def load_simulation(suite: str, task: int, image_size: int = 96) -> LiberoSimulation:
+def load_simulation(suite: str, task: int, image_size: int = IMAGE_SIZE) -> LiberoSimulation:
     """Build the simulation of one task.
 
     Raises:
@@ -280,8 +287,10 @@ def _simulation_module() -> Any:
 
 def _check_action(action: NDArray[np.float32]) -> NDArray[np.float64]:
     array = np.asarray(action)
-    if array.dtype.kind not in "fiu" or array.shape != (CHUNK, ACTION_DIM):
-        raise ValueError(f"An action must be numbers of shape {(CHUNK, ACTION_DIM)}, got {array.dtype} {array.shape}.")
+    if array.dtype.kind not in "fiu" or array.shape != (CHUNK_SIZE, ACTION_DIM):
+        raise ValueError(
+            f"An action must be numbers of shape {(CHUNK_SIZE, ACTION_DIM)}, got {array.dtype} {array.shape}."
+        )
     peak = float(np.abs(array).max())
     if math.isnan(peak) or peak > 1.0 + ACTION_TOLERANCE:
         raise ValueError(

@@ -14,6 +14,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from prophet_gym.simulators.hand_pose import rotation_error
+
 POSITION_SCALE = 0.05  # m per unit of action
 ROTATION_SCALE = 0.5  # rad per unit of action
 KP = 150.0  # 1 / s^2
@@ -132,12 +134,6 @@ class OscPose:
 
 def _as_slice(indices: list[int]) -> slice:
     return slice(int(indices[0]), int(indices[-1]) + 1)
-
-
-def rotation_error(goal: Array, current: Array) -> Array:
-    """Small-angle rotation vector (3,) that turns ``current`` (3, 3) into ``goal`` (3, 3), world frame."""
-    product = goal @ current.T
-    return 0.5 * np.array([product[2, 1] - product[1, 2], product[0, 2] - product[2, 0], product[1, 0] - product[0, 1]])
 
 
 def rotation_matrix(rotation_vector: Array) -> Array:

@@ -21,17 +21,16 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import ACTION_DIM, Episode, Policy
+from prophet_gym.data.episode import ACTION_DIM, CHUNK_SIZE, FPS, FRAME_STRIDE, IMAGE_SIZE, Episode, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
 from prophet_gym.run_folder import claim, weights_checksum
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
-from prophet_gym.simulators.suites import FPS, FRAME_STRIDE, IMAGE_SIZE, SUITES, Robot, Simulation, Suite
+from prophet_gym.simulators.suites import SUITES, Robot, Simulation, Suite
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
 
-CHUNK_SIZE = 8
 COUNTERFACTUAL_SHARE = 0.1
 COUNTERFACTUALS = ("shifted", "elsewhere")
 """Where a counterfactual episode's actions come from: the same start with the objects shifted by up to 2 cm (it may

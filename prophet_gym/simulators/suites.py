@@ -16,10 +16,6 @@ from prophet_gym.simulators import fetch, libero, metaworld, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.rehearsal import Expert, disturbed
 
-FRAME_STRIDE = 4
-FPS = 5
-IMAGE_SIZE = 96
-
 
 class Simulation(Protocol):
     """One task of a suite in a real simulator, at 20 control steps a second."""

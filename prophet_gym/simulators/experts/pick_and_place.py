@@ -23,6 +23,7 @@ from prophet_gym.simulators.experts.grasp_planning import (
     top,
 )
 from prophet_gym.simulators.experts.noise import ActionNoise, NoiseRecipe, point_in_disc
+from prophet_gym.simulators.hand_pose import rotation_error
 
 Array = NDArray[np.float64]
 
@@ -139,7 +140,7 @@ class PickAndPlace:
         motion = np.concatenate(
             [
                 _POSITION_GAIN * (leg.position - position),
-                _ROTATION_GAIN * _rotation_error(_downward(leg.angle), self._scene.eef_rotation),
+                _ROTATION_GAIN * rotation_error(_downward(leg.angle), self._scene.eef_rotation),
             ]
         )
         action = np.append(np.clip(np.clip(motion, -1.0, 1.0) + self._noise(), -1.0, 1.0), gripper)
@@ -181,9 +182,3 @@ def _downward(angle: float) -> Array:
     """Rotation (3, 3) of a grip site that looks straight down, with the finger axis at ``angle`` (rad)."""
     cosine, sine = np.cos(angle), np.sin(angle)
     return np.array([[cosine, sine, 0.0], [sine, -cosine, 0.0], [0.0, 0.0, -1.0]])
-
-
-def _rotation_error(goal: Array, current: Array) -> Array:
-    """Rotation vector (3,) from ``current`` to ``goal`` (3, 3), world frame: sin(angle) instead of the angle."""
-    product = goal @ current.T
-    return 0.5 * np.array([product[2, 1] - product[1, 2], product[0, 2] - product[2, 0], product[1, 0] - product[0, 1]])
