@@ -146,6 +146,10 @@ def test_specialists_move_the_robots_of_their_suite_alone(
     saved.register_modules(proprioception=saved.proprioception.member(int(members[0])))
     saved.register_to_config(specialists={})
     torch.testing.assert_close(imagine_motions(saved, arrays).proprio[:first_one], motion[:first_one])
+    # Anew, there are as many as were no specialists.
+    monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage | {"steps": 2}})
+    fresh = adapt(load(tmp_path / "out" / "pipeline"), arrays, new_world(2, seed=1), tmp_path / "new", recipe="motion")
+    assert fresh.num_members == 1 and fresh.config.specialists == {}
     # Further training is theirs alone.
     few = adapt(load(tmp_path / "out" / "pipeline"), arrays, new_world(2, seed=1), tmp_path / "few", recipe="debug")
     again = load(tmp_path / "out" / "pipeline").proprioception

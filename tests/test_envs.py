@@ -485,6 +485,17 @@ def test_every_episode_is_one_members(fake: dict[str, Any]) -> None:
         ProphetVectorEnv(num_envs=1, member=-1, **fake)
 
 
+def test_members_are_drawn_of_those_that_know_the_suite(fake: dict[str, Any]) -> None:
+    class Specialised(FakeWorldModel):
+        def members(self, suite: str) -> list[int]:  # type: ignore[override]
+            return [2] if suite == "libero_object" else [0, 1]
+
+    envs = ProphetVectorEnv(num_envs=16, **{**fake, "world_model": Specialised()})
+    suites = ["libero_object", "libero_spatial"] * 8
+    members = envs.reset(seed=0, options={"suite": suites})[1]["member"]
+    assert set(members[::2].tolist()) == {2} and set(members[1::2].tolist()) == {0, 1}
+
+
 def test_episodes_that_begin_by_themselves_are_drawn_members_or_the_chosen_one(fake: dict[str, Any]) -> None:
     for member, seen in ((None, {0, 1, 2}), (1, {1})):
         envs = ProphetVectorEnv(num_envs=4, autoreset_mode="SameStep", member=member, **fake)

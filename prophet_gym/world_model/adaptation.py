@@ -87,7 +87,7 @@ def adapt(
         recipe: one of `RECIPES`.
         lora_rank: train low-rank adapters of the transformer instead of all its weights (extra `lora`). They are fused
             into the saved pipeline, which needs no peft, and lie beside it, in `out / STAGE-lora`.
-        num_members: that a recipe trains anew; None: as many as there are, of specialists one.
+        num_members: that a recipe trains anew; None: as many as are no specialists, of specialists one.
         seed: of the batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`; they join the pipeline's own,
             in place of one of the same suite.
@@ -138,7 +138,9 @@ def adapt(
         if "memory" in stages and not pipeline.transformer.config.memory:
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
         if stages.get("anew"):
-            count = 1 if num_members is None and stages.get("beside") else num_members
+            general = known.config.num_members - len({member for members in special.values() for member in members})
+            usual = 1 if stages.get("beside") else general
+            count = usual if num_members is None else num_members
             pipeline.register_modules(proprioception=known.untrained(count).to(device))
             pipeline.register_to_config(specialists={})
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
