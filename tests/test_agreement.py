@@ -147,15 +147,20 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_knows_everything_gets_full_marks_and_the_control_does_not_see_what_it_judges(tmp_path: Path) -> None:
-    """In validation the actions say the opposite of what they say in training."""
-    writer = LeRobotWriter(tmp_path / "data", fps=5, frame_stride=4, camera=CAMERA, image_size=96)
-    for index in range(30):
-        writer.write_episode(index, episode(index, "train" if index < 24 else "val", misleading=index >= 24))
-    writer.finalize()
+    """In validation the actions say the opposite of what they say in training, which has no video."""
+    data = []
+    for split, count in (("train", 24), ("val", 6)):
+        data.append(tmp_path / split)
+        writer = LeRobotWriter(data[-1], fps=5, frame_stride=4, camera=CAMERA, image_size=96, video=split == "val")
+        for index in range(count):
+            one = episode(index, split, misleading=split == "val")
+            blind = np.broadcast_to(one.frames[:1], one.frames.shape).copy()
+            writer.write_episode(index, one if split == "val" else replace(one, frames=blind))
+        writer.finalize()
     oracle = Oracle.tiny_random()
-    oracle.episodes = list(EpisodeDataset(tmp_path / "data").select(split="val"))
+    oracle.episodes = list(EpisodeDataset(data[1]))
     reports = {
-        judge: evaluate(oracle, [tmp_path / "data"], tmp_path / "report", reward_model=judge())["libero_object"]
+        judge: evaluate(oracle, data, tmp_path / "report", reward_model=judge())["libero_object"]
         for judge in (RedCornerJudge, HeightJudge)
     }
     video, outcome = reports[RedCornerJudge]["video"], reports[RedCornerJudge]["outcome"]["all"]

@@ -115,7 +115,8 @@ def evaluate(
 
     Args:
         checkpoint: a pipeline, its folder, or the name of a shipped one.
-        data: folders written by `prophet record`. The actions-only control is trained on their training split.
+        data: folders written by `prophet record`. The actions-only control is trained on their training split, also of
+            those without video.
         report: folder of the report; made if needed.
         reward_model: a reward model, its folder, or the name of a shipped one.
         splits: "val", "test" or both, taken together. episodes: at most this many of each suite.
@@ -144,7 +145,11 @@ def evaluate(
     for suite in sorted({record.suite for dataset in datasets for record in dataset.records}):
         held_out = [dataset for dataset in datasets if any(record.suite == suite for record in dataset.records)]
         held_out = [dataset.select(suite=suite) for dataset in held_out]
-        arrays = concatenate([load_arrays(held_out, split, num_arms=pipeline.num_arms) for split in splits])
+        # Recordings without video may teach the control.
+        of_splits = {split: [one for one in held_out if any(r.split == split for r in one.records)] for split in splits}
+        arrays = concatenate(
+            [load_arrays(some or held_out, split, num_arms=pipeline.num_arms) for split, some in of_splits.items()]
+        )
         if episodes is not None:
             arrays, _ = subset(arrays, episodes, seed)
         if len(lengths := arrays.lengths.unique()) > 1:  # the longer ones would lose their ends, and their outcomes
@@ -299,7 +304,7 @@ def _verdicts(
         real, imagined: frames (N, T + 1, H, W, 3) and proprioception (N, T + 1, P).
     """
     ends = frame_rows(arrays, torch.arange(len(arrays.records)), chunk_frames)[:, chunk_frames::chunk_frames]
-    training = load_arrays(datasets, "train", progress=False)  # actions of the arms that there are
+    training = load_arrays(datasets, "train", video=False, progress=False)  # actions of the arms that there are
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
         solved=arrays.success[ends].numpy(),
