@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 PRESETS = ("tiny", "brief", "base", "cosmos-2b", "debug")
-RECIPES = ("adapt", "extend", "motion", "specialists", "debug")
+RECIPES = ("adapt", "extend", "motion", "debug")
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -81,11 +81,9 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
-    load = partial(
-        load_arrays, datasets, video=arguments.recipe not in ("motion", "specialists"), num_arms=pipeline.num_arms
-    )
+    load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
     episodes = arguments.episodes
-    if episodes is None and arguments.recipe in ("adapt", "debug"):
+    if episodes is None and arguments.recipe not in ("extend", "motion"):
         episodes = 20
     train = load("train")
     adapt(
@@ -223,17 +221,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--episodes",
         type=int,
         default=None,
-        help="at most this many training episodes, in all; 20 by default for adapt, otherwise all of them",
+        help="at most this many training episodes, in all; 20 by default, and all of them for extend and motion",
     )
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
     adapt.add_argument(
         "--recipe",
         default="adapt",
         choices=RECIPES,
-        help="adapt; of many episodes: extend, motion (the proprioception anew), specialists (more members of it, for "
-        "the suites of the data); debug (seconds)",
+        help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)",
     )
-    adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with motion and specialists")
+    adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
     adapt.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")

@@ -14,13 +14,13 @@ from test_world_model import episodes
 
 import prophet_gym.world_model.training as stages
 from prophet_gym.cli import main
-from prophet_gym.data.clips import EpisodeArrays, episode_folds
+from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
 from prophet_gym.training import LossFn
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
-from prophet_gym.world_model.imagination import encode_frames, episode_members, imagine_motions
+from prophet_gym.world_model.imagination import encode_frames
 from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss, transformer_loss
 from prophet_gym.world_model.training import train
 
@@ -123,48 +123,6 @@ def test_a_new_robot_takes_a_slot_that_it_keeps_on_disk(base: Path, tmp_path: Pa
         for pipeline in (adapted, saved)
     )
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-
-
-def test_specialists_move_the_robots_of_their_suite_alone(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = adaptation.RECIPES["specialists"]
-    stage = recipe["proprioception"] | {"steps": 60, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9}
-    monkeypatch.setitem(adaptation.RECIPES, "specialists", recipe | {"proprioception": stage})
-    arrays = new_world(8)
-    adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="specialists", num_members=2)
-    saved, first = load(tmp_path / "out" / "pipeline"), load(base)
-    assert saved.num_members == 3 and saved.config.specialists == {"square_world": [1, 2]}
-    assert saved.members("square_world") == [1, 2] and saved.members("libero_object") == [0]
-    for key, value in first.proprioception.members[0].state_dict().items():
-        assert torch.equal(value, saved.proprioception.members[0].state_dict()[key])
-    members = episode_members(saved, arrays)
-    assert members.tolist() == [1 + fold for fold in episode_folds(arrays, 2).tolist()]
-    # Each episode is imagined by its own member.
-    motion = imagine_motions(saved, arrays).proprio
-    first_one = arrays.lengths[0]
-    saved.register_modules(proprioception=saved.proprioception.member(int(members[0])))
-    saved.register_to_config(specialists={})
-    torch.testing.assert_close(imagine_motions(saved, arrays).proprio[:first_one], motion[:first_one])
-    # Anew, there are as many as were no specialists.
-    monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage | {"steps": 2}})
-    fresh = adapt(load(tmp_path / "out" / "pipeline"), arrays, new_world(2, seed=1), tmp_path / "new", recipe="motion")
-    assert fresh.num_members == 1 and fresh.config.specialists == {}
-    # Further training is theirs alone.
-    few = adapt(load(tmp_path / "out" / "pipeline"), arrays, new_world(2, seed=1), tmp_path / "few", recipe="debug")
-    again = load(tmp_path / "out" / "pipeline").proprioception
-    for member in range(3):
-        weights = zip(few.proprioception.members[member].parameters(), again.members[member].parameters(), strict=True)
-        assert all(torch.equal(one, other) for one, other in weights) == (member == 0)
-
-
-def test_specialists_are_some_of_the_members() -> None:
-    pipeline = ProphetPipeline.tiny_random()
-    parts = {name: getattr(pipeline, name) for name in ("vae", "transformer", "scheduler")}
-    ensemble = pipeline.proprioception.untrained(2)
-    for wrong in ({"libero_object": [2]}, {"libero_object": [0], "libero_goal": [1]}, {"libero_object": []}):
-        with pytest.raises(ValueError, match=r"some, and not all, of the members 0 \.\.\. 1"):
-            ProphetPipeline(**parts, proprioception=ensemble, specialists=wrong)
 
 
 def test_a_recipe_can_give_a_memory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

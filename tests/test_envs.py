@@ -48,9 +48,6 @@ class FakeWorldModel:
     def arms(self, suite: str) -> int:
         return 1
 
-    def members(self, suite: str) -> range:
-        return range(3)
-
     def init_history(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images[:, None, ::24, ::24].astype(np.float64))
 
@@ -483,17 +480,6 @@ def test_every_episode_is_one_members(fake: dict[str, Any]) -> None:
         envs.reset(options={"group_size": 3, "member": chosen})
     with pytest.raises(ValueError, match="Unknown member -1"):
         ProphetVectorEnv(num_envs=1, member=-1, **fake)
-
-
-def test_members_are_drawn_of_those_that_know_the_suite(fake: dict[str, Any]) -> None:
-    class Specialised(FakeWorldModel):
-        def members(self, suite: str) -> list[int]:  # type: ignore[override]
-            return [2] if suite == "libero_object" else [0, 1]
-
-    envs = ProphetVectorEnv(num_envs=16, **{**fake, "world_model": Specialised()})
-    suites = ["libero_object", "libero_spatial"] * 8
-    members = envs.reset(seed=0, options={"suite": suites})[1]["member"]
-    assert set(members[::2].tolist()) == {2} and set(members[1::2].tolist()) == {0, 1}
 
 
 def test_episodes_that_begin_by_themselves_are_drawn_members_or_the_chosen_one(fake: dict[str, Any]) -> None:

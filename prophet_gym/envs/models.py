@@ -61,9 +61,6 @@ class WorldModel(Protocol):
     def num_members(self) -> int:
         """Members of the ensemble that the world model is, 1 if it is none: each episode is one member's."""
 
-    def members(self, suite: str) -> Sequence[int]:
-        """The members that move the robot of a suite."""
-
     def init_state(self, proprio: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
         """Proprio float32 (B, 8 K) and members int64 (B,) -> state (B, S)."""
 
@@ -122,7 +119,7 @@ def resolve_models(
     if isinstance(reward_model, str | Path):
         reward = load_reward_model(reward_model, device)
     imagines = ("init_history", "imagine") if video else ("imagine_motion",)
-    knows = ("num_members", "members", "arms", "chunk_size", "chunk_frames", "image_size", "action_dim")
+    knows = ("num_members", "arms", "chunk_size", "chunk_frames", "image_size", "action_dim")
     for model, needs in (
         (world, (*imagines, "init_state", *knows)),
         (reward, ("score", "threshold" if video else "motion_threshold")),

@@ -63,9 +63,9 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     ``{"image": uint8 (S, S, 3) of any size S, "proprio": float (8,), "instruction": str}``, with `info["suite"]` then
     `"user"`, `task` and `init_state` -1.
 
-    What happens where the fingers touch something, Prophet can only guess, so it can be an ensemble, as
-    the shipped one is: one of the members that know the suite moves the robot for a whole episode, drawn too, or given
-    as `member`. The same seed and the same actions give the same video.
+    What happens where the fingers touch something, Prophet can only guess, so it can be an ensemble (the shipped one
+    has a single member): one of its members moves the robot for a whole episode, drawn too, or given as `member`. The
+    same seed and the same actions give the same video.
 
     ## Episode end
     1. Termination: the reward model's success probability reaches its threshold at the end of a chunk.

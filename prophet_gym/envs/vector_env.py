@@ -69,7 +69,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         ``"float16"``. Its proprioception and the reward model keep float32.
     :param start_states: parquet file of start states; None is the one in the wheel.
     :param member: number of the member of the world model's ensemble that moves the robots; None draws one for each
-        episode, of those that know its suite.
+        episode.
     :param autoreset_mode: ``"NextStep"``, ``"SameStep"`` or ``"Disabled"`` (reset with ``options["reset_mask"]``).
     :param render_mode: None or ``"rgb_array"``.
     :param video: False: only the robot's motion is imagined, many times as fast, and the judge hears of it alone.
@@ -414,8 +414,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 "for each arm: make an env of the start's suite with a world_model that was trained on it."
             )
         if member is None:
-            members = self.world_model.members(suite)
-            member = int(members[int(self._member_rngs[i].integers(len(members)))])
+            member = int(self._member_rngs[i].integers(self.world_model.num_members))
         instruction_embedding(start.instruction)  # cached; raises while nothing has changed
         return start, member
 

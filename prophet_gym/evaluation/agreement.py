@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
+from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, load_arrays, subset
 from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -25,14 +25,7 @@ from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, tempor
 from prophet_gym.reward.base import RewardModel, thresholds
 from prophet_gym.reward.training import episode_metrics
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
-from prophet_gym.world_model.imagination import (
-    episode_members,
-    episode_seeds,
-    frame_rows,
-    hand_motions,
-    replay_episodes,
-    track_holds,
-)
+from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 
 logger = logging.getLogger(__name__)
@@ -388,7 +381,7 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     suites = [record.suite for record in arrays.records[:count]]
     projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
     start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
-    members = episode_members(pipeline, arrays)[:count].to(pipeline.device)
+    members = episode_folds(arrays, pipeline.num_members)[:count].to(pipeline.device)
     bodies = [pipeline.proprioception.init_state(proprio[:, 0], members)]
     for frame in range(1, length):
         body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection, robot)

@@ -43,13 +43,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on held-out episodes (docs/experiments.md).
     "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
-    # The same for the suites of the episodes alone: new members that move the robots there, beside the old ones, which
-    # go on elsewhere. A network of this size knows one suite better than ten.
-    "specialists": {
-        "anew": True,
-        "beside": True,
-        "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3},
-    },
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},
@@ -87,7 +80,7 @@ def adapt(
         recipe: one of `RECIPES`.
         lora_rank: train low-rank adapters of the transformer instead of all its weights (extra `lora`). They are fused
             into the saved pipeline, which needs no peft, and lie beside it, in `out / STAGE-lora`.
-        num_members: that a recipe trains anew; None: as many as are no specialists, of specialists one.
+        num_members: of the proprioception, for a recipe that trains it anew; None: as many as it has.
         seed: of the batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`; they join the pipeline's own,
             in place of one of the same suite.
@@ -132,23 +125,13 @@ def adapt(
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
     stages = RECIPES[recipe]
-    known, special = pipeline.proprioception, pipeline.config.specialists
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of new weights
         if "memory" in stages and not pipeline.transformer.config.memory:
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
         if stages.get("anew"):
-            general = known.config.num_members - len({member for members in special.values() for member in members})
-            usual = 1 if stages.get("beside") else general
-            count = usual if num_members is None else num_members
-            pipeline.register_modules(proprioception=known.untrained(count).to(device))
-            pipeline.register_to_config(specialists={})
+            pipeline.register_modules(proprioception=pipeline.proprioception.untrained(num_members).to(device))
     fit_proprioception(pipeline, train_arrays, out, stages, seed)
-    if stages.get("beside"):
-        new = list(range(known.config.num_members, known.config.num_members + pipeline.num_members))
-        pipeline.register_modules(proprioception=known.joined(pipeline.proprioception))
-        suites = {record.suite: new for record in train_arrays.records}
-        pipeline.register_to_config(specialists=special | suites)
     if "transformer" in stages:
         latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
         fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)

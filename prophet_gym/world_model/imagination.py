@@ -20,15 +20,6 @@ def frame_rows(arrays: EpisodeArrays, episodes: torch.Tensor, chunk_frames: int)
     return arrays.starts[episodes, None] + torch.arange(steps - steps % chunk_frames + 1)
 
 
-def episode_members(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> torch.Tensor:
-    """The member of the proprioception that imagines each episode, int64 (E,): of those of its suite the one that has
-    not learned from it, see `fit_proprioception`."""
-    members = {record.suite: pipeline.members(record.suite) for record in arrays.records}
-    folds = {count: episode_folds(arrays, count).tolist() for count in {len(some) for some in members.values()}}
-    own = [members[record.suite] for record in arrays.records]
-    return torch.tensor([some[folds[len(some)][index]] for index, some in enumerate(own)])
-
-
 def replay_episodes(
     pipeline: ProphetPipeline,
     arrays: EpisodeArrays,
@@ -47,7 +38,7 @@ def replay_episodes(
         (N, T + 1, P): the first ones real, the others imagined.
     """
     rows = frame_rows(arrays, episodes, pipeline.chunk_frames)
-    members = episode_members(pipeline, arrays)
+    members = episode_folds(arrays, pipeline.num_members)
     clips, proprio = [], []
     for batch in tqdm(torch.arange(len(episodes)).split(batch_size), desc="imagining episodes", leave=False):
         clip, poses = pipeline.replay(
@@ -103,7 +94,7 @@ def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size
     pictures: a judge that trains on them learns what the motion looks like where Prophet errs. Members as in
     `replay_episodes`."""
     model = pipeline.proprioception
-    members = episode_members(pipeline, arrays)
+    members = episode_folds(arrays, pipeline.num_members)
     proprio = arrays.proprio.clone()
     for episodes in torch.arange(len(arrays.starts)).split(batch_size):
         starts, lengths = arrays.starts[episodes], arrays.lengths[episodes]

@@ -30,13 +30,11 @@ def proprioception_loss(
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
     true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
 
-    Each member of those that move the robots of these suites learns from all folds of the episodes but its own, see
-    `episode_folds` (from all, if there are no others): the members differ, and every episode can be imagined by one
-    that has not learned from it.
+    Each member learns from all folds of the episodes but its own, see `episode_folds` (from all, if there are no
+    others): the members differ, and every episode can be imagined by one that has not learned from it.
     """
     frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception.member(member)
-    learners = learning_members(pipeline, arrays)
-    others = episode_folds(arrays, len(learners)) != learners.index(member)
+    others = episode_folds(arrays, pipeline.num_members) != member
     learned = (others | ~others.any()).repeat_interleave(arrays.lengths)
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
@@ -68,11 +66,6 @@ def proprioception_loss(
         return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
     return loss_fn
-
-
-def learning_members(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> list[int]:
-    """The members of the proprioception that move the robots of the suites of some episodes."""
-    return sorted({member for record in arrays.records for member in pipeline.members(record.suite)})
 
 
 def _log_opening(proprio: torch.Tensor) -> torch.Tensor:

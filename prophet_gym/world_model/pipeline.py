@@ -104,8 +104,6 @@ class ProphetPipeline(DiffusionPipeline):
         robots (`list[tuple[str, list[str]]]`, *optional*): (name, suites) of each robot, in the order of the slots of
             the proprioception model. The robot of any other suite, that of a user's own start among them, is taken for
             the first one.
-        specialists (`dict[str, list[int]]`, *optional*): for some suites the members of the proprioception that know
-            them best, and alone move their robots. Robots of other suites are moved by those that are nobody's.
 
     The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
@@ -126,7 +124,6 @@ class ProphetPipeline(DiffusionPipeline):
         cameras: dict[str, list[list[float]]] | None = None,
         robots: list[Any] | None = None,
         action_streams: str = "both",
-        specialists: dict[str, list[int]] | None = None,
     ) -> None:
         super().__init__()
         if action_streams not in ACTION_STREAMS:
@@ -146,12 +143,6 @@ class ProphetPipeline(DiffusionPipeline):
             hands[type(vae).__name__] = vae.config.num_arms
         if len(set(hands.values())) > 1:
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
-        special = {member for members in (specialists or {}).values() for member in members}
-        if not special < set(range(body.num_members)) or not all((specialists or {}).values()):
-            raise ValueError(
-                f"specialists must name some, and not all, of the members 0 ... {body.num_members - 1} of the "
-                f"proprioception, got {specialists}."
-            )
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
         proprioception.float()  # whatever the others are: bfloat16 would round its poses to millimetres
@@ -165,7 +156,6 @@ class ProphetPipeline(DiffusionPipeline):
             cameras=cameras or {},
             robots=[[name, list(suites)] for name, suites in robots],
             action_streams=action_streams,
-            specialists={suite: list(members) for suite, members in (specialists or {}).items()},
         )
         self.set_progress_bar_config(disable=True)
 
@@ -266,13 +256,6 @@ class ProphetPipeline(DiffusionPipeline):
     def num_members(self) -> int:
         """Members of the ensemble of the proprioception."""
         return self.proprioception.config.num_members
-
-    def members(self, suite: str) -> list[int]:
-        """Members of the ensemble that move the robot of a suite, see `specialists`."""
-        special = self.config.specialists
-        taken = {member for members in special.values() for member in members}
-        general = [member for member in range(self.num_members) if member not in taken]
-        return list(special.get(suite, general))
 
     def init_state(self, proprio: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
         """The state, float32 (B, S), of robots at rest.

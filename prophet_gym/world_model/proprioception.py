@@ -128,16 +128,6 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             fresh.get_buffer(name).copy_(statistics)
         return fresh
 
-    def joined(self, other: "ProprioceptionModel") -> "ProprioceptionModel":
-        """The members of this model and those of another one of the same configuration, whose statistics are left
-        behind."""
-        with torch.device("meta"):
-            both = type(self).from_config(self.config, num_members=self.config.num_members + other.config.num_members)
-        both.members = nn.ModuleList([*self.members, *other.members])
-        for name, statistics in self.named_buffers():
-            both.register_buffer(name, statistics)
-        return both
-
     def normalize(self, proprio: torch.Tensor, robot: torch.Tensor) -> torch.Tensor:
         """Standardise proprioception (B, ..., P) with the training data's statistics of robots (B,)."""
         shape = (len(robot), *(1,) * (proprio.ndim - 2), -1)

@@ -33,7 +33,6 @@ from prophet_gym.world_model.losses import (
     autoencoder_loss,
     decoder_loss,
     error_psnr,
-    learning_members,
     proprioception_loss,
     transformer_loss,
 )
@@ -347,11 +346,10 @@ def finished_pipeline(out: Path, device: str, **run: Any) -> ProphetPipeline | N
 def fit_proprioception(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
 ) -> None:
-    """The stages of the members of the proprioception that move these robots, whose weights change in place; `recipe`
-    as in `PRESETS`."""
+    """The stages of the members of the proprioception, whose weights change in place; `recipe` as in `PRESETS`."""
     stage = dict(recipe["proprioception"])
     batch_size = stage.pop("batch_size")
-    for member in learning_members(pipeline, arrays):
+    for member in range(pipeline.num_members):
         loss_fn = proprioception_loss(pipeline, arrays, batch_size, member=member)
         model = pipeline.proprioception.member(member)
         fit(f"proprioception-{member}", model, loss_fn, out, seed=seed * pipeline.num_members + member, **stage)
