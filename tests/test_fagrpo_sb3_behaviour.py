@@ -183,6 +183,7 @@ def test_the_same_seed_gives_the_same_run(n_steps: int | None) -> None:
     assert not torch.equal(runs[0], parameters(make(n_steps=n_steps, learning_rate=1e-3, seed=1).learn(64)))
 
 
+@pytest.mark.filterwarnings("ignore:Environments of one group")  # SB3's draws its states without a seed
 def test_identity_is_learned() -> None:
     """SB3's IdentityEnvBox: the action that equals the observation is rewarded at once, so returns count per step."""
     env = make_vec_env(lambda: IdentityEnvBox(low=-1, high=1, eps=0.1, ep_length=20), n_envs=16)
