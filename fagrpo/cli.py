@@ -2,7 +2,10 @@
 
 import argparse
 import itertools
+import json
+import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,20 +187,28 @@ def train(arguments: argparse.Namespace) -> int:
         "ema_decay": arguments.ema_decay,
         "seed": arguments.seed,
     }
+    policy = FlowPolicy.from_safetensors(arguments.policy)
+    weights = np.concatenate([value.numpy().ravel() for value in policy.state_dict().values()])
+    run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
+    run |= env_kwargs | {"policy": zlib.crc32(weights.tobytes())} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
+    file = arguments.out / "run.json"
     if checkpoints:
         print(f"Resuming from {checkpoints[-1]}")
-        model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
-        saved = {name: getattr(model, name) for name in settings}
-        if saved != settings:
-            other = ", ".join(f"{name} {saved[name]}" for name in settings if saved[name] != settings[name])
+        saved = json.loads(file.read_text()) if file.exists() else {}
+        if other := [name for name in sorted(run | saved) if run.get(name) != saved.get(name)]:
             raise ValueError(
-                f"{checkpoints[-1]} was made with {other}: give the same arguments to resume, or another --out to "
-                "start afresh"
+                f"{checkpoints[-1]} was made with {', '.join(f'{name} {saved.get(name)}' for name in other)}: give the "
+                "same arguments to resume, or another --out to start afresh"
             )
+        model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
     else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.write_text(json.dumps(run, indent=1) + "\n")
+        os.replace(temporary, file)
         model = FAGRPO(
-            FlowPolicy.from_safetensors(arguments.policy),
+            policy,
             env,
             **settings,
             tensorboard_log=str(arguments.out / "tensorboard"),

@@ -831,10 +831,13 @@ class FAGRPO(OnPolicyAlgorithm):
             self._make_reference()
         if self._ema is None:
             parameters.pop("_ema", None)
-        begins = self._ema is not None and "_ema" not in parameters
+        average, begins = self._ema, self._ema is not None and "_ema" not in parameters
         if begins:
             self._ema = None  # not to be missed by an exact match
-        super().set_parameters(parameters, exact_match, device)
+        try:
+            super().set_parameters(parameters, exact_match, device)
+        finally:
+            self._ema = average
         if begins:
             self._make_average()
 

@@ -3,8 +3,8 @@
 The gradient of the log-probability of flow step k with respect to the velocity has the expected norm |c_k| / std_k
 times a constant, where c_k = d mean_k / d v (``velocity_coefficient`` of
 :func:`fagrpo.flow_sde.transition_coefficients`). Late, low-noise steps dominate. FlowScale (arXiv 2511.20633) weights
-    step k by a power of its variance. It is a biased
-preconditioner of the policy gradient; without it the gradient is the plain one.
+step k by a power of its variance. It is a biased preconditioner of the policy gradient; without it the gradient is the
+plain one.
 """
 
 import math

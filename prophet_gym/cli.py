@@ -42,9 +42,11 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        known = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    if not known:
+        raise ValueError(f"--device {device} cannot be used: this torch finds no CUDA device.")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -107,6 +109,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_reward_model, load_world_model
     from prophet_gym.reward.training import train_success_classifier
+    from prophet_gym.run_folder import weights_checksum
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
     datasets = [EpisodeDataset(path) for path in arguments.data]
@@ -119,7 +122,9 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     if more:
         recorded.append(load(more, "train", video=False))
     motion = [without_pictures(arrays) for arrays in recorded]
+    origin = {"recorded": [arrays.checksum() for arrays in (*recorded, val)], "imagined": arguments.imagined}
     if pipeline is not None:
+        origin["world_model"] = weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception)
         motion += [imagine_motions(pipeline, arrays) for arrays in recorded]
         imagined, val = (
             imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
@@ -136,6 +141,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         init=None if arguments.init is None else load_reward_model(arguments.init, arguments.device),
         max_false_success_rate=arguments.max_false_success_rate,
+        origin=origin,
     )
 
 

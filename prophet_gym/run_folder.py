@@ -31,6 +31,8 @@ def claim(out: Path, **settings: Any) -> None:
                 f"has {', '.join(f'{name} {settings.get(name)}' for name in other)}: choose another folder, or the "
                 "same settings to resume."
             )
+    elif made := [name for name in ("pipeline", "reward", "checkpoints") if (out / name).exists()]:
+        raise ValueError(f"{out} holds {made}, but no {file.name} that says of what run: choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".run.json.tmp"
     temporary.write_text(json.dumps(settings, indent=1) + "\n")

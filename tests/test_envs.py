@@ -837,6 +837,8 @@ def test_the_random_stream_can_be_read_and_set_before_the_first_reset(fake: dict
 def test_numpy_numbers_are_numbers(fake: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=np.int64(2), **{**fake, "max_chunks": np.int32(3)})  # type: ignore[arg-type]
     assert envs.reset(seed=np.int64(4))[1]["seed"].tolist() == [4, 5]  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="integer"):
+        envs.reset(seed=[0.9, 1.9])  # type: ignore[list-item]
     assert envs.reset(seed=np.arange(6, 8))[1]["seed"].tolist() == [6, 7]  # type: ignore[arg-type]
 
 
@@ -895,6 +897,12 @@ def test_a_pipeline_in_bfloat16_keeps_its_proprioception(real: dict[str, Any], t
         env = ProphetEnv(**{**real, "world_model": pipeline})
         env.reset(seed=0)
         env.step(np.zeros((8, 7), np.float32))
+
+
+def test_a_pipeline_that_is_moved_to_bfloat16_does_not_round_its_proprioception() -> None:
+    moved, first = ProphetPipeline.tiny_random().to(torch.bfloat16), ProphetPipeline.tiny_random()
+    weights = zip(moved.proprioception.parameters(), first.proprioception.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
 
 
 def test_start_states_of_another_image_size(fake: dict[str, Any], tmp_path: Path) -> None:

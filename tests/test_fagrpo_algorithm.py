@@ -840,6 +840,11 @@ def test_an_average_begins_with_learning_and_comes_and_goes_with_its_decay(clone
     for mean, weight in zip(model.average_policy.parameters(), model.policy.parameters(), strict=True):
         torch.testing.assert_close(mean, weight, atol=1e-6, rtol=0)
 
+    kept = [mean.detach().clone() for mean in model.average_policy.parameters()]
+    with pytest.raises(ValueError, match="Names of parameters do not match"):
+        model.set_parameters({})
+    assert all(torch.equal(a, b) for a, b in zip(model.average_policy.parameters(), kept, strict=True))
+
     model.save(tmp_path / "with")
     assert FAGRPO.load(tmp_path / "with", ema_decay=0.0).average_policy is None
     FAGRPO(cloned, point_envs(8), **arguments).save(tmp_path / "without")

@@ -35,6 +35,10 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert np.isfinite(second.predict(env.observation_space.sample())[0]).all()
     assert main([*command, "--steps", "1200", "--learning-rate", "1e-3", "--seed", "1"]) == 2
     assert "was made with learning_rate 1e-05, seed 0: give the same" in capsys.readouterr().err
+    second.export_safetensors(tmp_path / "other")
+    command[1] = str(tmp_path / "other")
+    assert main([*command, "--steps", "1200"]) == 2
+    assert "was made with policy " in capsys.readouterr().err
 
     checkpoints = [str(tmp_path / "rl" / f"checkpoint_{steps}_steps.zip") for steps in (400, 800)]
     assert main(["average", *checkpoints, str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]) == 0

@@ -1,6 +1,7 @@
 """ProphetVectorEnv: many imagined robots at once, one call of the world model for all of them."""
 
 import copy
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -248,7 +249,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         if seed is not None:
             if len(seed) != self.num_envs:
                 raise ValueError(f"A list of seeds needs one per env ({self.num_envs}), got {len(seed)}.")
-            seed = [None if one is None else int(one) for one in seed]
+            seed = [None if one is None else operator.index(one) for one in seed]
             if wrong := [one for one in seed if one is not None and not 0 <= one < 2**63]:
                 raise ValueError(f"Seeds must be in 0 ... 2**63 - 1, got {wrong[0]}.")
         rows = np.flatnonzero(request.mask)

@@ -12,8 +12,8 @@ class RewardModel(Protocol):
     the environments.
 
     Attributes:
-        threshold: an episode is taken for solved when its probability reaches this value, in (0, 1); one number, or one
-            for each suite.
+        threshold: an episode is taken for solved when its probability reaches this value, above 0; one number, or one
+            for each suite. Above 1, none ever is.
         motion_threshold: the same for the probabilities that it gives without frames (environments with `video=False`).
     """
 

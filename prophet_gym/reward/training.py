@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ def train_success_classifier(
     device: str = "cpu",
     init: SuccessClassifier | None = None,
     max_false_success_rate: float = 0.05,
+    origin: dict[str, Any] | None = None,
 ) -> tuple[SuccessClassifier, dict[str, dict[str, float]]]:
     """Train on the frames of one split, calibrate and choose the threshold on another, save to `out / reward`.
 
@@ -42,6 +44,8 @@ def train_success_classifier(
         init: a classifier to begin from, which stays as it is; None begins from random weights.
         max_false_success_rate: share, in [0, 1), of a suite's failed validation episodes that its threshold lets pass
             at most: false successes are what RL exploits.
+        origin: where the episodes come from, as JSON can hold it, if their checksums are not to tell whether a folder
+            is of this run: what is imagined differs by a rounding between machines.
 
     Returns:
         The classifier, and its metrics on `val_arrays` (see `calibrate`), also written to `reward/metrics.json`.
@@ -57,7 +61,7 @@ def train_success_classifier(
     run = {"command": "train-reward", "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     run |= {"seed": seed, "init": None if init is None else weights_checksum(init)}
     run |= {"max_false_success_rate": max_false_success_rate}
-    run |= {
+    run |= origin or {
         "episodes": train_arrays.checksum(),
         "validation": val_arrays.checksum(),
         "motion": motion_arrays.checksum(),

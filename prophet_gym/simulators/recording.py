@@ -133,7 +133,8 @@ def record(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    acts = weights_checksum(policy) if isinstance(policy, torch.nn.Module) else policy and type(policy).__name__
+    network = getattr(policy, "policy", policy)  # of a Stable-Baselines3 algorithm
+    acts = weights_checksum(network) if isinstance(network, torch.nn.Module) else policy and type(policy).__name__
     claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts)
     plans = plan_episodes(suite, episodes, seed, policy is not None, split)
     spawn = get_context("spawn")

@@ -145,7 +145,7 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
-        proprioception.float()  # whatever the others are: bfloat16 would round its poses to millimetres
+        proprioception.float()  # bfloat16 would round its poses to millimetres (and its weights: load them as they are)
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
         self.register_to_config(
             image_size=image_size,
@@ -191,9 +191,10 @@ class ProphetPipeline(DiffusionPipeline):
             )
 
     def to(self, *args: Any, **kwargs: Any) -> "ProphetPipeline":
-        """Move or convert the models, as any diffusers pipeline; the proprioception keeps float32."""
+        """Move or convert the models, as any diffusers pipeline; the proprioception keeps its float32 weights."""
+        kept = {name: weight.clone() for name, weight in self.proprioception.state_dict().items()}
         super().to(*args, **kwargs)
-        self.proprioception.float()
+        self.proprioception.float().load_state_dict(kept)
         return self
 
     @property
