@@ -3,9 +3,7 @@
 import argparse
 import itertools
 import json
-import os
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +159,9 @@ def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[
 
 def train(arguments: argparse.Namespace) -> int:
     """FA-GRPO from a cloned policy; resumes from the newest checkpoint in ``--out``."""
+    from prophet_gym.data.lerobot_format.schema import write_json
+    from prophet_gym.run_folder import weights_checksum
+
     given = {name: getattr(arguments, name) for name in ("suite", "dtype", "world_model", "reward_model")}
     env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
@@ -188,9 +189,8 @@ def train(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     policy = FlowPolicy.from_safetensors(arguments.policy)
-    weights = np.concatenate([value.numpy().ravel() for value in policy.state_dict().values()])
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
-    run |= env_kwargs | {"policy": zlib.crc32(weights.tobytes())} | settings
+    run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
     file = arguments.out / "run.json"
     if checkpoints:
@@ -203,10 +203,7 @@ def train(arguments: argparse.Namespace) -> int:
             )
         model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
     else:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        temporary.write_text(json.dumps(run, indent=1) + "\n")
-        os.replace(temporary, file)
+        write_json(file, run)
         model = FAGRPO(
             policy,
             env,

@@ -458,17 +458,16 @@ class FAGRPO(OnPolicyAlgorithm):
     def _check_starts(self, obs: VecEnvObs, groups: np.ndarray) -> None:
         """Warn, once, if environments that were reset with one seed begin with different observations."""
         leaders = np.searchsorted(groups, groups)  # the first of each group, which are neighbours
-        for value in obs.values() if isinstance(obs, dict) else [cast(np.ndarray, obs)]:
-            if not np.array_equal(value, value[leaders]):
-                warnings.warn(
-                    "Environments of one group were reset with the same seed and begin with different observations. "
-                    "Advantages compare the rollouts of a group, which should share their start: draw it from "
-                    "self.np_random in the environment, or name it in group_options. (Noise on the observation alone "
-                    "is no harm.)",
-                    UserWarning,
-                    stacklevel=2,
-                )
-                break
+        values = obs.values() if isinstance(obs, dict) else [cast(np.ndarray, obs)]
+        if not all(np.array_equal(value, value[leaders]) for value in values):
+            warnings.warn(
+                "Environments of one group were reset with the same seed and begin with different observations. "
+                "Advantages compare the rollouts of a group, which should share their start: draw it from "
+                "self.np_random in the environment, or name it in group_options. (Noise on the observation alone is no "
+                "harm.)",
+                UserWarning,
+                stacklevel=2,
+            )
         self._starts_checked = True
 
     def _draw_seeds(self, count: int) -> np.ndarray:
@@ -831,13 +830,10 @@ class FAGRPO(OnPolicyAlgorithm):
             self._make_reference()
         if self._ema is None:
             parameters.pop("_ema", None)
-        average, begins = self._ema, self._ema is not None and "_ema" not in parameters
+        begins = self._ema is not None and "_ema" not in parameters
         if begins:
-            self._ema = None  # not to be missed by an exact match
-        try:
-            super().set_parameters(parameters, exact_match, device)
-        finally:
-            self._ema = average
+            parameters["_ema"] = self._ema.state_dict()  # type: ignore[union-attr]  # for an exact match
+        super().set_parameters(parameters, exact_match, device)
         if begins:
             self._make_average()
 

@@ -1,12 +1,13 @@
 """Whose folder it is: a run that is given again resumes, and another one does not take its results for its own."""
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from prophet_gym.data.lerobot_format.schema import write_json
 
 
 def claim(out: Path, **settings: Any) -> None:
@@ -33,10 +34,7 @@ def claim(out: Path, **settings: Any) -> None:
             )
     elif made := [name for name in ("pipeline", "reward", "checkpoints") if (out / name).exists()]:
         raise ValueError(f"{out} holds {made}, but no {file.name} that says of what run: choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".run.json.tmp"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, file)
+    write_json(file, settings)
 
 
 def weights_checksum(*modules: torch.nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -441,24 +442,28 @@ def _encode_image(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Width and height, without decoding the image."""
+@contextmanager
+def _open_image(data: bytes, where: str) -> Iterator[Image.Image]:
+    """The image, whose pixels are decoded when they are asked for."""
     try:
         with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
-            return image.size
+            yield image
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{where}: the image is not a readable WebP or PNG ({error}).") from error
+
+
+def _image_size(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height."""
+    with _open_image(data, where) as image:
+        return image.size
 
 
 @lru_cache(maxsize=1024)  # resets come back to the same starts
 def _decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as image:
-            pixels = np.array(image.convert("RGB"), dtype=np.uint8)
-            pixels.setflags(write=False)
-            return pixels
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{where}: the image is not a readable WebP or PNG ({error}).") from error
+    with _open_image(data, where) as image:
+        pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+    pixels.setflags(write=False)
+    return pixels
 
 
 def start_states_from_env(env: gym.Env[Any, Any], tasks: Iterable[int], init_states: Iterable[int]) -> list[StartState]:

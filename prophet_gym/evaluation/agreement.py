@@ -136,13 +136,10 @@ def evaluate(
     results: dict[str, Any] = {}
     verdicts = []
     for suite in sorted({record.suite for dataset in datasets for record in dataset.records}):
-        held_out = [dataset for dataset in datasets if any(record.suite == suite for record in dataset.records)]
-        held_out = [dataset.select(suite=suite) for dataset in held_out]
-        # Recordings without video may teach the control.
-        of_splits = {split: [one for one in held_out if any(r.split == split for r in one.records)] for split in splits}
-        arrays = concatenate(
-            [load_arrays(some or held_out, split, num_arms=pipeline.num_arms) for split, some in of_splits.items()]
-        )
+        held_out = [dataset.select(suite=suite) for dataset in _holding(datasets, "suite", suite)]
+        # Recordings without video may teach the control, and hold no episode of these splits.
+        of_splits = [(_holding(held_out, "split", split) or held_out, split) for split in splits]
+        arrays = concatenate([load_arrays(some, split, num_arms=pipeline.num_arms) for some, split in of_splits])
         if episodes is not None:
             arrays, _ = subset(arrays, episodes, seed)
         if len(lengths := arrays.lengths.unique()) > 1:  # the longer ones would lose their ends, and their outcomes
@@ -170,6 +167,11 @@ def evaluate(
     results["all"] = {"splits": list(splits), "outcome": concatenate_verdicts(verdicts).report()}
     write_report(report, results)
     return results
+
+
+def _holding(datasets: Sequence[EpisodeDataset], name: str, value: str) -> list[EpisodeDataset]:
+    """The data sets that have an episode whose record says so."""
+    return [one for one in datasets if any(getattr(record, name) == value for record in one.records)]
 
 
 def video_report(

@@ -58,15 +58,20 @@ def train_success_classifier(
         raise ValueError(f"max_false_success_rate must be in [0, 1), got {max_false_success_rate}.")
     out = Path(out)
     motion_arrays = train_arrays if motion_arrays is None else motion_arrays
-    run = {"command": "train-reward", "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-    run |= {"seed": seed, "init": None if init is None else weights_checksum(init)}
-    run |= {"max_false_success_rate": max_false_success_rate}
-    run |= origin or {
-        "episodes": train_arrays.checksum(),
-        "validation": val_arrays.checksum(),
-        "motion": motion_arrays.checksum(),
-    }
-    claim(out, **run)
+    if origin is None:
+        splits = {"episodes": train_arrays, "validation": val_arrays, "motion": motion_arrays}
+        origin = {name: arrays.checksum() for name, arrays in splits.items()}
+    claim(
+        out,
+        command="train-reward",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        init=None if init is None else weights_checksum(init),
+        max_false_success_rate=max_false_success_rate,
+        **origin,
+    )
     if (out / "reward").exists():
         finished = SuccessClassifier.from_pretrained(out / "reward", use_safetensors=True, local_files_only=True)
         return finished.to(device).eval(), json.loads((out / "reward" / "metrics.json").read_text())

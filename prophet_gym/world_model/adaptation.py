@@ -115,10 +115,18 @@ def adapt(
                 f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}. (Where a robot has "
                 f"fewer arms, load them with num_arms={pipeline.num_arms}.)"
             )
-    run = {"command": "adapt", "recipe": recipe, "lora_rank": lora_rank, "num_members": num_members, "seed": seed}
-    begins = weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception)
-    run |= {"checkpoint": begins, "episodes": train_arrays.checksum()}
-    if (finished := finished_pipeline(out, device, **run)) is not None:
+    finished = finished_pipeline(
+        out,
+        device,
+        command="adapt",
+        recipe=recipe,
+        lora_rank=lora_rank,
+        num_members=num_members,
+        seed=seed,
+        checkpoint=weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception),
+        episodes=train_arrays.checksum(),
+    )
+    if finished is not None:
         return finished
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))

@@ -145,7 +145,7 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
             raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
-        proprioception.float()  # bfloat16 would round its poses to millimetres (and its weights: load them as they are)
+        proprioception.float()  # bfloat16 would round its poses to millimetres
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
         self.register_to_config(
             image_size=image_size,

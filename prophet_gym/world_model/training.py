@@ -289,9 +289,17 @@ def train(
             'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
             f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
         )
-    run = {"command": "train", "preset": preset, "seed": seed, "action_streams": action_streams}
-    run |= {"pretrained": None if pretrained is None else str(pretrained), "episodes": train_arrays.checksum()}
-    if (finished := finished_pipeline(out, device, **run)) is not None:
+    finished = finished_pipeline(
+        out,
+        device,
+        command="train",
+        preset=preset,
+        seed=seed,
+        action_streams=action_streams,
+        pretrained=None if pretrained is None else str(pretrained),
+        episodes=train_arrays.checksum(),
+    )
+    if finished is not None:
         return finished
     stride = train_arrays.actions.shape[1]
     arms = {"num_arms": train_arrays.num_arms}
