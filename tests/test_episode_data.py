@@ -248,7 +248,12 @@ def test_a_data_set_without_video_says_so(tmp_path: Path) -> None:
     assert seen.video and not blind.video
     with pytest.raises(ValueError, match=r"blind'. were recorded without video: leave them out"):
         load_arrays([seen, blind], "train")
-    assert len(load_arrays(blind, "train", video=False).records) == 1
+    still, moving = load_arrays([seen, blind], "train", video=False), load_arrays(seen, "train")
+    assert len(still.records) == len(moving.records) + 1
+    assert len(still.frames) == len(still.proprio) and still.frames.untyped_storage().nbytes() == 3
+    torch.testing.assert_close(moving.first_frames, moving.frames[moving.starts])
+    torch.testing.assert_close(still.first_frames[:-1], moving.first_frames)
+    np.testing.assert_array_equal(still.first_frames[-1], EPISODES[0].frames[0])
     with pytest.raises(ValueError, match="was written with the settings"):
         make_writer(tmp_path / "blind").written(0)
 
@@ -689,6 +694,7 @@ def fake_arrays(lengths: list[int]) -> EpisodeArrays:
         success=torch.zeros(total, dtype=torch.bool),
         starts=sizes.cumsum(0) - sizes,
         lengths=sizes,
+        first_frames=torch.zeros(len(lengths), 1, 1, 3, dtype=torch.uint8),
         records=(record,) * len(lengths),
     )
 

@@ -60,6 +60,7 @@ def episodes(count: int, length: int = 7, seed: int = 0, told_by: str = "frames"
         success=torch.from_numpy(success).flatten(),
         starts=torch.arange(count) * length,
         lengths=torch.full((count,), length),
+        first_frames=torch.from_numpy(frames[:, 0]),
         records=records,
     )
 

@@ -105,7 +105,7 @@ def adapt(
         raise ValueError(f"The recipe {recipe!r} keeps the members of the proprioception: leave num_members out.")
     out = Path(out)
     expected = {
-        "frames": (pipeline.image_size, pipeline.image_size, 3),
+        "frames" if "transformer" in RECIPES[recipe] else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
         "proprio": (pipeline.proprioception.proprio_dim,),
         "actions": (pipeline.frame_stride, pipeline.action_dim),
     }

@@ -84,6 +84,7 @@ def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Ten
         success=arrays.success[rows].flatten(),
         starts=torch.arange(len(chosen)) * length,
         lengths=torch.full((len(chosen),), length),
+        first_frames=arrays.first_frames[chosen],
         records=tuple(arrays.records[episode] for episode in chosen),
     )
 
@@ -100,7 +101,7 @@ def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size
         starts, lengths = arrays.starts[episodes], arrays.lengths[episodes]
         suites = [arrays.records[episode].suite for episode in episodes]
         projection, robot = pipeline.projection(suites).to(model.device), pipeline.robot(suites).to(model.device)
-        pixels = frames_to_pixels(arrays.frames[starts]).to(model.device)
+        pixels = frames_to_pixels(arrays.first_frames[episodes]).to(model.device)
         state = model.init_state(proprio[starts].to(model.device), members[episodes].to(model.device))
         for frame in range(1, int(lengths.max())):
             rows = starts + lengths.minimum(torch.tensor(frame)) - 1  # where an episode is over, its last one

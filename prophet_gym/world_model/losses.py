@@ -45,7 +45,7 @@ def proprioception_loss(
         at_start = torch.rand(batch_size, generator=generator) < 0.5
         first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
         projection, robot = projections[clip.episodes].to(model.device), robots[clip.episodes].to(model.device)
-        start_images = frames_to_pixels(arrays.frames[clip.first_rows]).to(model.device)
+        start_images = frames_to_pixels(arrays.first_frames[clip.episodes]).to(model.device)
         start_images = start_images + 0.1 * torch.randn(batch_size, 3, 1, 1, generator=generator).to(model.device)
         in_motion = (first > clip.first_rows)[:, None].to(model.device)
         state = model.init_state(arrays.proprio[first].to(model.device))

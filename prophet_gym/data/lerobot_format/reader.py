@@ -368,15 +368,18 @@ def _load_info(root: Path) -> dict[str, Any]:
 
 def _decode_images(column: pa.ChunkedArray, path: Path) -> NDArray[np.uint8]:
     """A column of PNG or JPEG bytes as uint8 (N, H, W, 3)."""
+    images: dict[bytes, NDArray[np.uint8]] = {}  # without video an episode is one image, many times
     frames = []
     for row, stored in enumerate(column.to_pylist()):
-        if stored is None or stored["bytes"] is None:
+        if stored is None or (data := stored["bytes"]) is None:
             raise ValueError(f"{path}, row {row}: the image is not embedded in the file.")
         try:
-            with Image.open(BytesIO(stored["bytes"])) as image:
-                if image.mode != "RGB":
-                    raise ValueError(f"{path}, row {row}: the image has mode {image.mode}, expected RGB.")
-                frames.append(np.asarray(image))
+            if data not in images:
+                with Image.open(BytesIO(data)) as image:
+                    if image.mode != "RGB":
+                        raise ValueError(f"{path}, row {row}: the image has mode {image.mode}, expected RGB.")
+                    images[data] = np.asarray(image)
+            frames.append(images[data])
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{path}, row {row}: the image is damaged ({error}): record the episode again.") from error
     return np.stack(frames)
