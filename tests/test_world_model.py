@@ -42,6 +42,7 @@ from prophet_gym.world_model.losses import (
     contact_weights,
     decoder_loss,
     proprioception_loss,
+    suite_weights,
     transformer_loss,
 )
 from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
@@ -788,6 +789,15 @@ def test_frames_around_a_movement_of_the_fingers_are_drawn_more_often() -> None:
     drawn = sampler.draw(torch.Generator().manual_seed(0)).rows[:, 0].bincount(minlength=40)
     assert not drawn[[18, 19, 38, 39]].any()  # two frames must follow
     assert 2.5 < drawn[7:14].float().mean() / drawn[20:38].float().mean() < 6
+
+
+def test_a_suite_with_few_episodes_is_drawn_more_often_than_its_share() -> None:
+    many, few = episodes(45, length=10), episodes(10, length=5)
+    few = replace(few, records=tuple(replace(record, suite="fetch") for record in few.records))
+    weights = suite_weights(concatenate([many, few]))
+    shares = weights[:450].sum() / weights.sum(), weights[450:].sum() / weights.sum()
+    assert shares == pytest.approx((0.75, 0.25))  # 450 and 50 frames
+    assert suite_weights(many).unique().numel() == 1
 
 
 def test_a_subset_keeps_whole_episodes() -> None:

@@ -28,7 +28,8 @@ def proprioception_loss(
     change, and of the fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
 
     Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
-    true proprioception for their first three frames: how fast the arm moves is in the state, not in the data.
+    true proprioception for their first three frames: how fast the arm moves is in the state, not in the data. Suites
+    with few episodes are drawn more often than their share, see `suite_weights`.
 
     Each member learns from all folds of the episodes but its own, see `episode_folds` (from all, if there are no
     others): the members differ, and every episode can be imagined by one that has not learned from it.
@@ -38,7 +39,7 @@ def proprioception_loss(
     learned = (others | ~others.any()).repeat_interleave(arrays.lengths)
     suites = [record.suite for record in arrays.records]
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
-    sampler = ClipSampler(arrays, 1, frames, batch_size, learned)
+    sampler = ClipSampler(arrays, 1, frames, batch_size, learned * suite_weights(arrays))
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = sampler.draw(generator)
@@ -217,6 +218,16 @@ def transformer_loss(
         return torch.stack(losses).mean(), logs
 
     return loss_fn
+
+
+def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
+    """How often each frame is drawn, float (N,): each suite's frames in proportion to the root of how many there are.
+
+    Else a robot with a twentieth of the episodes would be forgotten.
+    """
+    suites = sorted({record.suite for record in arrays.records})
+    suite = torch.tensor([suites.index(record.suite) for record in arrays.records]).repeat_interleave(arrays.lengths)
+    return suite.bincount().double().rsqrt()[suite]
 
 
 def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
