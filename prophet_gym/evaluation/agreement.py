@@ -275,7 +275,7 @@ def actions_report(
         video = imagined[:count]
         if actions is not None:
             video = pipeline.replay(
-                arrays.frames[rows[:, 0]],
+                arrays.first_frames[:count],
                 arrays.proprio[rows[:, 0]],
                 actions,
                 [record.suite for record in arrays.records[:count]],
@@ -382,7 +382,7 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
     suites = [record.suite for record in arrays.records[:count]]
     projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
-    start = frames_to_pixels(arrays.frames[index[:, 0]]).to(pipeline.device)
+    start = frames_to_pixels(arrays.first_frames[:count]).to(pipeline.device)
     members = episode_folds(arrays, pipeline.num_members)[:count].to(pipeline.device)
     bodies = [pipeline.proprioception.init_state(proprio[:, 0], members)]
     for frame in range(1, length):

@@ -42,7 +42,7 @@ def replay_episodes(
     clips, proprio = [], []
     for batch in tqdm(torch.arange(len(episodes)).split(batch_size), desc="imagining episodes", leave=False):
         clip, poses = pipeline.replay(
-            arrays.frames[rows[batch, 0]],
+            arrays.first_frames[episodes[batch]],
             arrays.proprio[rows[batch, 0]],
             arrays.actions[rows[batch, :-1]].flatten(1, 2),
             [arrays.records[episode].suite for episode in episodes[batch]],
@@ -174,7 +174,7 @@ def imagine_training_episodes(
         chunks = (int(arrays.lengths[episodes].min()) - 1) // chunk_frames
         starts, projection = arrays.starts[episodes], projections[episodes].to(device)
         robot = robots[episodes].to(device)
-        start = latest = frames_to_pixels(arrays.frames[starts]).to(device)
+        start = latest = frames_to_pixels(arrays.first_frames[episodes]).to(device)
         history = latents[starts][:, None].float().to(device)
         history = history.repeat(1, pipeline.transformer.buffer_frames, 1, 1, 1)
         for chunk in range(chunks):
