@@ -17,6 +17,8 @@ from accelerate.utils import broadcast
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -66,7 +68,8 @@ def fit(
     Args:
         name: of the stage; part of the file names and TensorBoard tags.
         module: the model to train, on any device.
-        loss_fn: (step, generator seeded for this step) -> scalar loss and numbers to log.
+        loss_fn: (step, generator seeded for this step) -> scalar loss and numbers to log. What it carries from step to
+            step, if it has `state_dict` and `load_state_dict`, is part of the checkpoint.
         out: folder of the run.
         steps: optimizer steps in all. learning_rate: peak of a cosine schedule after `warmup_steps`.
         seed: of the random stream.
@@ -122,6 +125,8 @@ def fit(
     if checkpoint.exists():
         accelerator.load_state(str(checkpoint))
         ema.to(device)
+        if isinstance(loss_fn, Stateful):
+            loss_fn.load_state_dict(load_file(checkpoint / _loss_file(accelerator)))
         start = json.loads((checkpoint / "progress.json").read_text())["step"]
         logger.info("%s: resumed at step %d of %d", name, start, steps)
 
@@ -158,7 +163,7 @@ def fit(
                 writer.add_scalar(f"{name}/{key}", value, done)
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if done % checkpoint_every == 0 and done < steps:
-            _save_checkpoint(accelerator, checkpoint, done)
+            _save_checkpoint(accelerator, checkpoint, done, loss_fn)
         if writer and validate and (done % validate_every == 0 or done == steps):
             module.eval()
             ema.store(module.parameters())
@@ -188,9 +193,16 @@ def _average_gradients(accelerator: Accelerator, module: torch.nn.Module) -> Non
             weight.grad = accelerator.reduce(weight.grad, "mean")
 
 
-def _save_checkpoint(accelerator: Accelerator, path: Path, step: int) -> None:
+def _loss_file(accelerator: Accelerator) -> str:
+    """Where a checkpoint has what this process's loss carries from step to step."""
+    return f"loss_{accelerator.process_index}.safetensors"
+
+
+def _save_checkpoint(accelerator: Accelerator, path: Path, step: int, loss_fn: LossFn) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     accelerator.save_state(str(temporary))  # every process adds the state of its random numbers
+    if isinstance(loss_fn, Stateful):
+        save_file(loss_fn.state_dict(), temporary / _loss_file(accelerator))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return

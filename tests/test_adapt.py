@@ -21,7 +21,7 @@ from prophet_gym.training import LossFn
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import encode_frames
-from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss, transformer_loss
+from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss, transformer_loss
 from prophet_gym.world_model.training import train
 
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
@@ -56,7 +56,7 @@ def losses(pipeline: ProphetPipeline) -> dict[str, float]:
     arrays = new_world(4)
     latents = encode_frames(pipeline.vae, arrays.frames)
     every = {
-        "proprioception": proprioception_loss(pipeline, arrays, 16),
+        "proprioception": ProprioceptionLoss(pipeline, arrays, 16, 1),
         "transformer": transformer_loss(pipeline, arrays, latents, batch_size=8, steps=10**9),
     }
     return {

@@ -19,7 +19,7 @@ from test_world_model import episodes
 import prophet_gym.training
 from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model import ProphetAutoencoder, ProphetPipeline, ProprioceptionModel
-from prophet_gym.world_model.losses import autoencoder_loss, proprioception_loss
+from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss
 from prophet_gym.world_model.training import train
 
 SEED = 3
@@ -44,14 +44,24 @@ def one_step(vae: ProphetAutoencoder, loss_fn: LossFn, out: Path) -> ProphetAuto
 
 def twelve_steps(out: Path, stop_at: int | None) -> ProprioceptionModel:
     pipeline = ProphetPipeline.tiny_random()
-    model, loss_fn = pipeline.proprioception, proprioception_loss(pipeline, episodes(4), 8)
+    model = pipeline.proprioception
 
-    def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if step == stop_at:
-            raise KeyboardInterrupt
-        return loss_fn(step, generator)
+    class Killed(ProprioceptionLoss):
+        def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return super().__call__(step, generator)
 
-    fit("model", model, killed, out, steps=12, learning_rate=1e-2, seed=SEED, checkpoint_every=5)
+    fit(
+        "model",
+        model,
+        Killed(pipeline, episodes(4), 8, 12),
+        out,
+        steps=12,
+        learning_rate=1e-2,
+        seed=SEED,
+        checkpoint_every=5,
+    )
     return model
 
 

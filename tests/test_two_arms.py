@@ -34,7 +34,7 @@ from prophet_gym.world_model.action_conditioning import (
     per_arm,
     update_hold,
 )
-from prophet_gym.world_model.losses import proprioception_loss
+from prophet_gym.world_model.losses import ProprioceptionLoss
 from prophet_gym.world_model.training import train
 
 BEYOND = CAMERA * torch.tensor([1.1, 0.9, 1.0])[:, None]
@@ -321,7 +321,7 @@ def test_members_of_two_arms_are_trained(pipeline: ProphetPipeline) -> None:
     arrays = concatenate([two_armed(2), widened(episodes(2, seed=1))])
     several = copy.copy(pipeline)
     several.register_modules(proprioception=pipeline.proprioception.untrained(2))
-    loss, logs = proprioception_loss(several, arrays, 4, member=1)(0, torch.Generator().manual_seed(0))
+    loss, logs = ProprioceptionLoss(several, arrays, 4, 1, member=1)(0, torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.isfinite() and logs["position_error_mm"] > 0
     assert several.proprioception.members[1].to_map.weight.grad is not None

@@ -25,7 +25,7 @@ from prophet_gym.world_model.transformer import with_memory
 RECIPES: dict[str, dict[str, Any]] = {
     # A few episodes: a quarter of an hour on one core.
     "adapt": {
-        "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 1e-3},
+        "proprioception": {"steps": 1500, "batch_size": 128, "learning_rate": 1e-3},
         "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 3e-4},
         "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 3e-4},
@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # has seen a single robot has no room for another's looks. A transformer without a memory gets one.
     "extend": {
         "memory": MEMORY,
-        "proprioception": {"steps": 7000, "batch_size": 64, "learning_rate": 2e-3},
+        "proprioception": {"steps": 17_500, "batch_size": 128, "learning_rate": 2e-3},
         "autoencoder": {"steps": 3000, "batch_size": 32, "learning_rate": 1.5e-3},
         "transformer": {"steps": 1500, "batch_size": 16, "learning_rate": 7e-4, "max_chunks": 1},
         "decoder": {"steps": 1200, "batch_size": 32, "learning_rate": 7e-4},
@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on held-out episodes (docs/experiments.md).
-    "motion": {"anew": True, "proprioception": {"steps": 2500, "batch_size": 64, "learning_rate": 2e-3}},
+    "motion": {"anew": True, "proprioception": {"steps": 30_000, "batch_size": 128, "learning_rate": 2e-3}},
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},

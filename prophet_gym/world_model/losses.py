@@ -21,52 +21,100 @@ GRIP = 0.002
 """Scale of the fingers' opening on which an empty hand (about 1 mm) differs from one round a rim (4 mm), metres."""
 
 
-def proprioception_loss(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, frames: int = 20, member: int = 0
-) -> LossFn:
-    """Error of one member of the proprioception over `frames` frames of its own rollout, in units of one frame's usual
-    change, and of the fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
+class ProprioceptionLoss:
+    """Error of one member of the proprioception on its own rollouts, in units of one frame's usual change, and of the
+    fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
 
-    Half of the windows begin where an episode does, with the arm at rest. The others begin in its midst, and see the
-    true proprioception for their first three frames: how fast the arm moves is in the state, not in the data. Suites
-    with few episodes are drawn more often than their share, see `suite_weights`.
+    Truncated backpropagation through time: `batch_size` robots replay recorded episodes, each step takes all of them
+    `frames` frames further from where the last one left them, and one whose episode is over begins another. Before a
+    step a robot may be told its true proprioception, while its velocity and memory stay its own: always in the
+    beginning, ever more rarely until four fifths of the training (scheduled sampling, Bengio et al. 2015, arXiv
+    1506.03099). What a contact does is learned where it happens, and not where a bad estimate believes it to be.
 
-    Each member learns from all folds of the episodes but its own, see `episode_folds` (from all, if there are no
-    others): the members differ, and every episode can be imagined by one that has not learned from it.
+    Suites with few episodes are drawn more often than their share, see `suite_weights`. Each member learns from all
+    folds of the episodes but its own, see `episode_folds` (from all, if there are no others): the members differ, and
+    every episode can be imagined by one that has not learned from it.
+
+    Where the robots are is part of a run's checkpoint, see `fit`.
+
+    Args:
+        steps: length of the training, for the schedule.
     """
-    frames, model = min(frames, int(arrays.lengths.min()) - 1), pipeline.proprioception.member(member)
-    others = episode_folds(arrays, pipeline.num_members) != member
-    learned = (others | ~others.any()).repeat_interleave(arrays.lengths)
-    suites = [record.suite for record in arrays.records]
-    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
-    sampler = ClipSampler(arrays, 1, frames, batch_size, learned * suite_weights(arrays))
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = sampler.draw(generator)
-        at_start = torch.rand(batch_size, generator=generator) < 0.5
-        first = torch.where(at_start, clip.first_rows, clip.rows[:, 0])
-        projection, robot = projections[clip.episodes].to(model.device), robots[clip.episodes].to(model.device)
-        start_images = frames_to_pixels(arrays.first_frames[clip.episodes]).to(model.device)
-        start_images = start_images + 0.1 * torch.randn(batch_size, 3, 1, 1, generator=generator).to(model.device)
-        in_motion = (first > clip.first_rows)[:, None].to(model.device)
-        state = model.init_state(arrays.proprio[first].to(model.device))
-        proprio_dim, losses = arrays.proprio.shape[1], []
-        for k in range(frames):
-            state = model(state, arrays.actions[first + k].to(model.device), start_images, projection, robot)
-            target = arrays.proprio[first + k + 1].to(model.device)
-            error = state[:, :proprio_dim] - target
-            scaled = error / model.delta_std[robot]
-            # Almost absolute: of the free motion, which is exact, contacts would otherwise leave no gradient.
-            grip = F.smooth_l1_loss(_log_opening(state[:, :proprio_dim]), _log_opening(target), beta=0.1)
-            losses.append(F.smooth_l1_loss(scaled, torch.zeros_like(scaled), beta=0.1) + grip)
-            if k < 3:
-                told = torch.cat([target, state[:, proprio_dim:]], dim=1)
-                state = torch.where(in_motion, told, state)
-        arms = per_arm(error, pipeline.num_arms)[model.arm_mask[robot].flatten()]
+    def __init__(
+        self,
+        pipeline: ProphetPipeline,
+        arrays: EpisodeArrays,
+        batch_size: int,
+        steps: int,
+        frames: int = 4,
+        member: int = 0,
+    ) -> None:
+        self.model, self.arrays = pipeline.proprioception.member(member), arrays
+        self.batch_size, self.steps, self.frames = batch_size, steps, frames
+        others = episode_folds(arrays, pipeline.num_members) != member
+        self._weights = (others | ~others.any()) * suite_weights(arrays)[arrays.starts] * arrays.lengths
+        suites = [record.suite for record in arrays.records]
+        self._projections, self._robots = pipeline.projection(suites), pipeline.robot(suites)
+        # Where each robot is: its episode, the frame in it, the state that it believes in, and the light.
+        self._rollouts: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Where the robots are; empty before the first step."""
+        return self._rollouts
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self._rollouts = state
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        model, arrays, count, device = self.model, self.arrays, self.batch_size, self.model.device
+        episodes = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
+        uniform = torch.rand(2, count, generator=generator)
+        time = torch.zeros_like(episodes)
+        told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
+        if before := self._rollouts:
+            over = before["time"] >= arrays.lengths[before["episodes"]] - 1
+            episodes = torch.where(over, episodes, before["episodes"])
+            time = torch.where(over, time, before["time"])
+            gain = torch.where(over[:, None, None, None], gain, before["gain"])
+            state = torch.where(over[:, None].to(device), 0.0, before["state"].to(device))
+            told |= over
+        else:  # anywhere in their episodes, so that they do not all begin anew at once
+            time = (uniform[1] * (arrays.lengths[episodes] - 1)).long()
+            state = torch.zeros(count, model.state_dim, device=device)
+            told = torch.ones_like(told)
+        first, steps_left = arrays.starts[episodes] + time, arrays.lengths[episodes] - 1 - time
+        at_first = model.init_state(arrays.proprio[first].to(device))[:, : model.proprio_dim]
+        believed = torch.where(told[:, None].to(device), at_first, state[:, : model.proprio_dim])
+        state = torch.cat([believed, state[:, model.proprio_dim :]], dim=1)
+        pixels = (frames_to_pixels(arrays.first_frames[episodes]) + gain).to(device)
+        projection, robot = self._projections[episodes].to(device), self._robots[episodes].to(device)
+        losses = []
+        for frame in range(self.frames):
+            rows = first + torch.tensor(frame).minimum(steps_left - 1)  # past an episode's end its last step, unused
+            state = model(state, arrays.actions[rows].to(device), pixels, projection, robot)
+            target = arrays.proprio[rows + 1].to(device)
+            error = state[:, : model.proprio_dim] - target
+            grip = _log_opening(state[:, : model.proprio_dim]) - _log_opening(target)
+            loss = _almost_absolute(error / model.delta_std[robot]) + _almost_absolute(grip)
+            losses.append(loss[(frame < steps_left).to(device)])
+        self._rollouts = {
+            "episodes": episodes,
+            "time": time + self.frames,
+            "gain": gain,
+            "state": state.detach(),
+        }
+        arms = per_arm(error.detach(), model.config.num_arms)[model.arm_mask[robot].flatten()]
         logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
-        return torch.stack(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
+        return torch.cat(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
-    return loss_fn
+
+def _almost_absolute(error: torch.Tensor) -> torch.Tensor:
+    """Mean of errors (B, P), for each of B: of the free motion, which is exact, contacts would leave no gradient if it
+    were squared."""
+    return F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.1, reduction="none").mean(dim=1)
 
 
 def _log_opening(proprio: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,10 @@ from prophet_gym.world_model.imagination import (
 )
 from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.losses import (
+    ProprioceptionLoss,
     autoencoder_loss,
     decoder_loss,
     error_psnr,
-    proprioception_loss,
     transformer_loss,
 )
 from prophet_gym.world_model.pipeline import (
@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # About two hours on two cores with bfloat16 units.
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
-        "proprioception": {"steps": 4500, "batch_size": 64, "learning_rate": 3e-3},
+        "proprioception": {"steps": 11_000, "batch_size": 128, "learning_rate": 2e-3},
         "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # without pretraining.
     "brief": {
         "autoencoder": {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3},
-        "proprioception": {"steps": 600, "batch_size": 64, "learning_rate": 3e-3},
+        "proprioception": {"steps": 1500, "batch_size": 128, "learning_rate": 2e-3},
         "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 1e-3},
         "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 1e-3},
         "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 7e-4},
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # About 130 million weights, for one GPU.
     "base": {
         "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
-        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "proprioception": {"steps": 25_000, "batch_size": 512, "learning_rate": 2e-3},
         "transformer": {"steps": 40_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
         "decoder": {"steps": 10_000, "batch_size": 64, "learning_rate": 3e-4},
         "transformer-own-history": {"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 1000},
@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Two billion weights, from `pretrained`; optimiser as in the paper. Its autoencoder needs no training.
     "cosmos-2b": {
-        "proprioception": {"steps": 10_000, "batch_size": 256, "learning_rate": 2e-3},
+        "proprioception": {"steps": 25_000, "batch_size": 512, "learning_rate": 2e-3},
         "transformer": {
             "steps": 20_000,
             "batch_size": 16,
@@ -358,7 +358,7 @@ def fit_proprioception(
     stage = dict(recipe["proprioception"])
     batch_size = stage.pop("batch_size")
     for member in range(pipeline.num_members):
-        loss_fn = proprioception_loss(pipeline, arrays, batch_size, member=member)
+        loss_fn = ProprioceptionLoss(pipeline, arrays, batch_size, stage["steps"], member=member)
         model = pipeline.proprioception.member(member)
         fit(f"proprioception-{member}", model, loss_fn, out, seed=seed * pipeline.num_members + member, **stage)
 
