@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import EpisodeDataset, LeRobotWriter
-from prophet_gym.evaluation.agreement import Verdicts, concatenate_verdicts, evaluate
+from prophet_gym.evaluation.agreement import Verdicts, as_strict, concatenate_verdicts, evaluate
 from prophet_gym.evaluation.video_metrics import psnr
 from prophet_gym.world_model import ProphetPipeline
 
@@ -133,7 +133,8 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
     assert outcome["actions_only"]["accuracy"] == 1
     # The real frames are red from the first chunk's end, so within it, too, the judge is right.
-    assert report["outcome"]["within 1 chunks"].keys() == {"real_frames", "imagined_frames", "actions_only"}
+    names = ["real_frames", "imagined_frames", "actions_only", "actions_only_as_strict"]
+    assert list(report["outcome"]["within 1 chunks"]) == names
     assert report["outcome"]["within 1 chunks"]["real_frames"]["accuracy"] == 1
 
     video = report["video"]
@@ -210,13 +211,30 @@ def test_suites_of_different_lengths_are_counted_together() -> None:
         peaks = np.zeros((2, chunks))
         peaks[0, peak_at] = 0.9
         ones = np.ones(2)
-        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, peaks, ones * 0.5)
+        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, peaks, ones * 0.5, ones * 0.5)
 
     together = concatenate_verdicts([verdicts(3, 1), verdicts(5, 4)])
     assert together.solved.shape == (4, 5)
     report = together.report()["all"]
     assert report["imagined_frames"]["accuracy"] == 1 and report["imagined_frames"]["episodes"] == 4
     assert together.solved.any(1).tolist() == [True, False, True, False]
+
+
+def test_the_control_is_compared_when_it_is_as_strict_as_the_judge() -> None:
+    """Of four failures the judge passes one; the control, at 0.5, three, and then one as well, and misses a success."""
+    solved = np.array([[False], [False], [False], [False], [True], [True]])
+    judge = np.array([[0.9], [0.1], [0.1], [0.1], [0.9], [0.9]])
+    control = np.array([[0.9], [0.8], [0.7], [0.2], [0.95], [0.75]])
+    threshold = np.full(6, 0.5)
+    strict = as_strict(control, judge, threshold, solved)
+    assert 0.8 < strict <= 0.9
+    kinds = np.array(["policy"] * 6)
+    report = Verdicts(kinds, solved, judge, judge, control, threshold, np.full(6, strict)).report()["all"]
+    loose, as_judge = report["actions_only"], report["actions_only_as_strict"]
+    assert (loose["false_success_rate"], loose["recall"]) == (0.75, 1.0)
+    assert (as_judge["false_success_rate"], as_judge["recall"]) == (0.25, 0.5)
+    assert as_judge["auroc"] == loose["auroc"]
+    assert as_strict(control, judge, threshold, np.ones_like(solved)) == pytest.approx(0.5)  # nothing fails
 
 
 def test_training_data_are_refused(data: Path, tmp_path: Path) -> None:

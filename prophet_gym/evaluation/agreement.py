@@ -23,7 +23,7 @@ from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, op
 from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel, thresholds
-from prophet_gym.reward.training import episode_metrics
+from prophet_gym.reward.training import choose_threshold, episode_metrics
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
@@ -47,6 +47,8 @@ class Verdicts:
         real_frames, imagined_frames: (E, C), the judge's probability at the end of each chunk.
         actions_only: (E, C), that of the control, see `predict_from_actions`; its threshold is 0.5.
         threshold: (E,), of the judge's probability.
+        strict_threshold: (E,), at which the control lets no more failures pass than the judge does in imagination, see
+            `as_strict`.
     """
 
     kind: NDArray[np.str_]
@@ -55,25 +57,49 @@ class Verdicts:
     imagined_frames: NDArray[np.float64]
     actions_only: NDArray[np.float64]
     threshold: NDArray[np.float64]
+    strict_threshold: NDArray[np.float64]
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`episode_metrics` of each of the three, over all episodes and by kind; and of what is solved within a
-        quarter, a half and three quarters of the episode."""
+        """`episode_metrics` of each of the three, and of the control when it is as strict as the judge, over all
+        episodes and by kind; and of what is solved within a quarter, a half and three quarters of the episode."""
         everything, chunks = np.ones(len(self.kind), bool), self.solved.shape[1]
         groups = {"all": (everything, chunks)}
         groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
         horizons = sorted({max(1, chunks * quarter // 4) for quarter in (1, 2, 3)} - {chunks})
         groups |= {f"within {horizon} chunks": (everything, horizon) for horizon in horizons}
-        limits = {"real_frames": self.threshold, "imagined_frames": self.threshold}
-        limits["actions_only"] = np.full_like(self.threshold, 0.5)
+        limits = {
+            "real_frames": (self.real_frames, self.threshold),
+            "imagined_frames": (self.imagined_frames, self.threshold),
+            "actions_only": (self.actions_only, np.full_like(self.threshold, 0.5)),
+            "actions_only_as_strict": (self.actions_only, self.strict_threshold),
+        }
         report = {}
         for group, (rows, horizon) in groups.items():
             solved = self.solved[rows, :horizon].max(1)
             report[group] = {
-                name: episode_metrics(getattr(self, name)[rows, :horizon].max(1), solved, limit[rows])
-                for name, limit in limits.items()
+                name: episode_metrics(probability[rows, :horizon].max(1), solved, limit[rows])
+                for name, (probability, limit) in limits.items()
             }
         return report
+
+
+def as_strict(
+    control: NDArray[np.float64],
+    judge: NDArray[np.float64],
+    threshold: NDArray[np.float64],
+    solved: NDArray[np.bool_],
+) -> float:
+    """The lowest threshold, at least 0.5, at which a control passes no more failures than a judge past its threshold.
+
+    It is chosen with these episodes' true outcomes, which favours the control: a guess that passes every third failure
+    is easily as accurate as one that passes none, and of no use as a reward.
+
+    Args:
+        control, judge: (E, C), probabilities. threshold: (E,), the judge's. solved: (E, C), the true outcomes.
+    """
+    truth = solved.max(1)
+    passed = int((judge.max(1) >= threshold)[~truth].sum())
+    return choose_threshold(control.max(1), truth, (passed + 0.5) / max(1, int((~truth).sum())))
 
 
 def concatenate_verdicts(parts: Sequence[Verdicts]) -> Verdicts:
@@ -300,15 +326,20 @@ def _verdicts(
     """
     ends = frame_rows(arrays, torch.arange(len(arrays.records)), chunk_frames)[:, chunk_frames::chunk_frames]
     training = load_arrays(datasets, "train", video=False, progress=False)  # actions of the arms that there are
+    control = predict_from_actions(
+        training, replace(arrays, actions=arrays.actions[..., : training.actions.shape[2]]), chunk_frames
+    )
+    solved = arrays.success[ends].numpy()
+    imagined_frames = _judge(judge, arrays, *imagined, chunk_frames)
+    threshold = thresholds(judge, [record.suite for record in arrays.records])
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
-        solved=arrays.success[ends].numpy(),
+        solved=solved,
         real_frames=_judge(judge, arrays, *real, chunk_frames),
-        imagined_frames=_judge(judge, arrays, *imagined, chunk_frames),
-        actions_only=predict_from_actions(
-            training, replace(arrays, actions=arrays.actions[..., : training.actions.shape[2]]), chunk_frames
-        ),
-        threshold=thresholds(judge, [record.suite for record in arrays.records]),
+        imagined_frames=imagined_frames,
+        actions_only=control,
+        threshold=threshold,
+        strict_threshold=np.full_like(threshold, as_strict(control, imagined_frames, threshold, solved)),
     )
 
 
