@@ -837,7 +837,7 @@ def test_a_suite_with_few_episodes_is_drawn_more_often_than_its_share() -> None:
     many, few = episodes(45, length=10), episodes(10, length=5)
     few = replace(few, records=tuple(replace(record, suite="fetch") for record in few.records))
     weights = suite_weights(concatenate([many, few]))
-    shares = weights[:450].sum() / weights.sum(), weights[450:].sum() / weights.sum()
+    shares = weights[:45].sum() / weights.sum(), weights[45:].sum() / weights.sum()
     assert shares == pytest.approx((0.75, 0.25))  # 450 and 50 frames
     assert suite_weights(many).unique().numel() == 1
 

@@ -43,6 +43,11 @@ class EpisodeArrays:
         """The number K of arms that there is room for."""
         return self.actions.shape[2] // ACTION_DIM
 
+    @property
+    def episode_of_row(self) -> Tensor:
+        """Index of the episode that each row belongs to, int64 (N,)."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+
     def checksum(self) -> int:
         """One number for the actions, the proprioception and the verdicts, to tell whether these are the same episodes
         (imagined ones have another proprioception)."""

@@ -105,7 +105,7 @@ def classification_loss(
     poses are shifted a little.
     """
     embeddings, motion_embeddings = _embeddings(arrays), _embeddings(motion)
-    episode, first = _owners(arrays)
+    episode, first = arrays.episode_of_row, arrays.starts[arrays.episode_of_row]
     solved = arrays.success.nonzero()[:, 0]
     last = arrays.starts + arrays.lengths - 1
     failed = ~arrays.success[last]
@@ -171,7 +171,7 @@ def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_siz
     """Logits of both witnesses at every frame, with its predecessor, its episode's start and the motion until then:
     float (N, 2)."""
     embeddings, device = _embeddings(arrays), classifier.device
-    episode, first = _owners(arrays)
+    episode, first = arrays.episode_of_row, arrays.starts[arrays.episode_of_row]
     logits = torch.empty(len(episode), 2)
     for rows in torch.arange(len(episode)).split(batch_size):
         clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
@@ -277,9 +277,3 @@ def episode_metrics(
 
 def _embeddings(arrays: EpisodeArrays) -> torch.Tensor:
     return torch.from_numpy(embed_instructions([record.instruction for record in arrays.records]))
-
-
-def _owners(arrays: EpisodeArrays) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the episode that each frame belongs to, and that episode's first row: int64 (N,) both."""
-    episode = torch.repeat_interleave(torch.arange(len(arrays.starts)), arrays.lengths)
-    return episode, arrays.starts[episode]

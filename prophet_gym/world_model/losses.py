@@ -53,7 +53,7 @@ class ProprioceptionLoss:
         self.model, self.arrays = pipeline.proprioception.member(member), arrays
         self.batch_size, self.steps, self.frames = batch_size, steps, frames
         others = episode_folds(arrays, pipeline.num_members) != member
-        self._weights = (others | ~others.any()) * suite_weights(arrays)[arrays.starts] * arrays.lengths
+        self._weights = (others | ~others.any()) * suite_weights(arrays)
         suites = [record.suite for record in arrays.records]
         self._projections, self._robots = pipeline.projection(suites), pipeline.robot(suites)
         # Where each robot is: its episode, the frame in it, the state that it believes in, and the light.
@@ -269,13 +269,14 @@ def transformer_loss(
 
 
 def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
-    """How often each frame is drawn, float (N,): each suite's frames in proportion to the root of how many there are.
+    """How often each episode is drawn, float (E,): as often as it has frames, and each suite in proportion to the root
+    of how many there are.
 
     Else a robot with a twentieth of the episodes would be forgotten.
     """
     suites = sorted({record.suite for record in arrays.records})
-    suite = torch.tensor([suites.index(record.suite) for record in arrays.records]).repeat_interleave(arrays.lengths)
-    return suite.bincount().double().rsqrt()[suite]
+    suite = torch.tensor([suites.index(record.suite) for record in arrays.records])
+    return arrays.lengths * suite.bincount(arrays.lengths.double()).rsqrt()[suite]
 
 
 def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:

@@ -185,10 +185,9 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
             it did not obey before.
     """
     model, robots = pipeline.proprioception, {name: list(suites) for name, suites in pipeline.config.robots}
-    of_frame = torch.repeat_interleave(torch.arange(len(arrays.records)), arrays.lengths)
     last = arrays.starts + arrays.lengths - 1
     for name in sorted({record.robot for record in arrays.records}):
-        own = torch.tensor([record.robot == name for record in arrays.records])[of_frame]
+        own = torch.tensor([record.robot == name for record in arrays.records])[arrays.episode_of_row]
         inside = own.clone()  # frames that another one follows
         inside[last] = False
         used = (arrays.actions[inside] != 0).any(0).any(0)
