@@ -833,12 +833,23 @@ def test_frames_around_a_movement_of_the_fingers_are_drawn_more_often() -> None:
     assert 2.5 < drawn[7:14].float().mean() / drawn[20:38].float().mean() < 6
 
 
-def test_a_suite_with_few_episodes_is_drawn_more_often_than_its_share() -> None:
-    many, few = episodes(45, length=10), episodes(10, length=5)
+def test_a_suite_with_few_episodes_is_visited_more_often_than_its_share() -> None:
+    """The frames that the proprioception learns from: in proportion to the root of 450 and 50, however long the
+    episodes are."""
+    many, few = episodes(50, length=9), episodes(10, length=5)
     few = replace(few, records=tuple(replace(record, suite="fetch") for record in few.records))
-    weights = suite_weights(concatenate([many, few]))
-    shares = weights[:45].sum() / weights.sum(), weights[45:].sum() / weights.sum()
-    assert shares == pytest.approx((0.75, 0.25))  # 450 and 50 frames
+    arrays = concatenate([many, few])
+    weights = suite_weights(arrays) * arrays.lengths
+    assert (float(weights[:50].sum() / weights.sum())) == pytest.approx(0.75)
+    pipeline = ProphetPipeline.tiny_random()
+    set_robots(pipeline, arrays)
+    loss = ProprioceptionLoss(pipeline, arrays, batch_size=128, steps=10**9)
+    generator, visited = torch.Generator().manual_seed(0), torch.zeros(2)
+    for step in range(30):
+        loss(step, generator)
+        if step >= 10:  # the first robots begin anywhere
+            visited += (loss.state_dict()["episodes"] < 50).long().bincount(minlength=2)
+    assert float(visited[1] / visited.sum()) == pytest.approx(0.75, abs=0.05)
     assert suite_weights(many).unique().numel() == 1
 
 

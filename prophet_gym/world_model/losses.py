@@ -86,8 +86,8 @@ class ProprioceptionLoss:
             state = torch.zeros(count, model.state_dim, device=device)
             told = torch.ones_like(told)
         first, steps_left = arrays.starts[episodes] + time, arrays.lengths[episodes] - 1 - time
-        at_first = model.init_state(arrays.proprio[first].to(device))[:, : model.proprio_dim]
-        believed = torch.where(told[:, None].to(device), at_first, state[:, : model.proprio_dim])
+        true = arrays.proprio[first].to(device)
+        believed = torch.where(told[:, None].to(device), true, state[:, : model.proprio_dim])
         state = torch.cat([believed, state[:, model.proprio_dim :]], dim=1)
         pixels = (frames_to_pixels(arrays.first_frames[episodes]) + gain).to(device)
         projection, robot = self._projections[episodes].to(device), self._robots[episodes].to(device)
@@ -269,14 +269,11 @@ def transformer_loss(
 
 
 def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
-    """How often each episode is drawn, float (E,): as often as it has frames, and each suite in proportion to the root
-    of how many there are.
-
-    Else a robot with a twentieth of the episodes would be forgotten.
-    """
+    """How often each episode is drawn, float (E,), so that a suite's share of the frames is in proportion to the root
+    of how many it has: else a robot with a twentieth of the episodes would be forgotten."""
     suites = sorted({record.suite for record in arrays.records})
     suite = torch.tensor([suites.index(record.suite) for record in arrays.records])
-    return arrays.lengths * suite.bincount(arrays.lengths.double()).rsqrt()[suite]
+    return suite.bincount(arrays.lengths.double()).rsqrt()[suite]
 
 
 def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
