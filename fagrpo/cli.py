@@ -30,8 +30,7 @@ def load_demonstrations(
     """Successful recorded episodes as pairs of observation and chunk, one per frame at which a chunk can begin.
 
     Frames after the task is solved are left out: an environment ends the episode there. Chunks that reach beyond an
-    episode's end repeat the last gripper command without motion. Starts at even and odd frames count as separate
-    episodes (a policy acts at every second frame), so that frame stacking matches execution.
+    episode's end repeat the last gripper command without motion.
 
     :param roots: finalised data sets in the LeRobot format
     :param kinds: of episodes, for example "clean"
@@ -39,7 +38,7 @@ def load_demonstrations(
     :param max_episodes: use at most this many of each data set; None: all
     :param video: whether all must have been recorded with video
     :return: observations image (N, H, W, 3), proprio (N, 8 K), instruction (N, 384); actions (N, 8, 7 K), of K arms
-    :raises ValueError: no episode matches, a data set has no video, or the robots differ in their arms
+    :raises ValueError: no episode matches, a data set has no video, or they differ in arms or frame_stride
     """
     from prophet_gym.data.episode import GRIPPERS
     from prophet_gym.data.instructions import embed_instructions
@@ -47,44 +46,45 @@ def load_demonstrations(
 
     images, proprio, actions, episode_ids = [], [], [], []
     texts: list[str] = []
-    used = 0
     datasets = [EpisodeDataset(root) for root in roots]
     if video:
         check_video(datasets)
     if len({dataset.num_arms for dataset in datasets}) > 1:
         arms = {str(dataset.root): dataset.num_arms for dataset in datasets}
         raise ValueError(f"a policy is of one robot, got data sets of robots with so many arms: {arms}")
+    if len(strides := {dataset.frame_stride for dataset in datasets}) > 1 or CHUNK % min(strides):
+        each = {str(dataset.root): dataset.frame_stride for dataset in datasets}
+        raise ValueError(f"expected one frame_stride that divides the chunk of {CHUNK} actions, got {each}")
     selected = [dataset.select(split=split, kind=kinds) for dataset in datasets]
-    for episode in itertools.chain.from_iterable(
+    successes = itertools.chain.from_iterable(
         itertools.islice((episode for episode in dataset if episode.outcome), max_episodes) for dataset in selected
-    ):
+    )
+    for number, episode in enumerate(successes):
         frame_stride = episode.actions.shape[1]
         commands = episode.actions.reshape(-1, episode.actions.shape[2])  # (T * stride, 7 K)
         idle = np.zeros((CHUNK, commands.shape[1]), dtype=np.float32)
         idle[:, GRIPPERS] = commands[-1, GRIPPERS]
         padded = np.concatenate([commands, idle])
-        chunk_frames = CHUNK // frame_stride
-        solved = int(np.flatnonzero(~episode.success)[-1]) + 1  # from here on the task stays solved
+        solved = int(np.flatnonzero(~episode.success).max(initial=-1)) + 1  # from here on the task stays solved
         for frame in range(min(solved + 1, len(episode.actions))):
             images.append(episode.frames[frame])
             proprio.append(episode.proprio[frame])
             actions.append(padded[frame * frame_stride : frame * frame_stride + CHUNK])
             texts.append(episode.instruction)
-            episode_ids.append(used * chunk_frames + frame % chunk_frames)
-        used += 1
-    if used == 0:
+            episode_ids.append(number)
+    if not episode_ids:
         raise ValueError(f"no successful {split} episode of kind {', '.join(kinds)} in {', '.join(map(str, roots))}")
     unique = sorted(set(texts))
     table = dict(zip(unique, embed_instructions(unique), strict=True))
-    order = np.argsort(np.array(episode_ids), kind="stable")
     return Demonstrations(
         observations={
-            "image": np.stack(images)[order],
-            "proprio": np.stack(proprio)[order].astype(np.float32),
-            "instruction": np.stack([table[text] for text in texts])[order].astype(np.float32),
+            "image": np.stack(images),
+            "proprio": np.stack(proprio).astype(np.float32),
+            "instruction": np.stack([table[text] for text in texts]).astype(np.float32),
         },
-        actions=np.stack(actions)[order].astype(np.float32),
-        episode_ids=np.array(episode_ids)[order],
+        actions=np.stack(actions).astype(np.float32),
+        episode_ids=np.array(episode_ids),
+        rows_per_step=CHUNK // min(strides),
     )
 
 
@@ -168,8 +168,6 @@ def train(arguments: argparse.Namespace) -> int:
         env_kwargs["video"] = False
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():  # SB3 would take the CPU
-        raise ValueError(f"--device {arguments.device}, but this torch finds no CUDA device")
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
     if not isinstance(env.action_space, spaces.Box):
         raise ValueError(f"{arguments.env} has the action space {env.action_space}; a flow policy needs a Box")
@@ -318,9 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
+        if getattr(arguments, "device", "").startswith("cuda") and not torch.cuda.is_available():  # SB3 takes the CPU
+            raise ValueError(f"--device {arguments.device}, but this torch finds no CUDA device")
         result: int = arguments.run(arguments)
         return result
-    except (ValueError, FileNotFoundError, gym.error.Error) as error:
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:
         print(f"fagrpo {arguments.command}: {error}", file=sys.stderr)
         return 2
 

@@ -1,6 +1,6 @@
 """Recorded pairs of observation and action, in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,12 +19,15 @@ class Demonstrations:
     :param actions: float32 (N, \\*A) in environment units; for a chunked action space the whole chunk
     :param episode_ids: int (N,), rows of one episode in temporal order, others between them or not; used to split by
         episode and to stack frames
+    :param rows_per_step: rows of an episode from one step of the environment to the next, at least 1: 2 where a chunk
+        of actions spans two video frames, and every frame is a row
     :raises ValueError: lengths that differ, or values that are not finite
     """
 
     observations: Observations
     actions: np.ndarray
     episode_ids: np.ndarray
+    rows_per_step: int = 1
 
     def __post_init__(self) -> None:
         count = len(self.actions)
@@ -48,7 +51,9 @@ class Demonstrations:
             observations = {key: value[index] for key, value in self.observations.items()}
         else:
             observations = self.observations[index]
-        return Demonstrations(observations, self.actions[index], self.episode_ids[index])
+        return replace(
+            self, observations=observations, actions=self.actions[index], episode_ids=self.episode_ids[index]
+        )
 
     def split(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices for training and validation, whole episodes each (at least one episode for validation).
@@ -66,9 +71,9 @@ class Demonstrations:
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def stack_frames(self, count: int) -> "Demonstrations":
-        """Append earlier observations of the same episode, in the layout of SB3's VecFrameStack (oldest first, zeros
-        before the start; channels of images, last axis of vectors). A policy cloned from the result runs in
-        ``VecFrameStack(env, count)``.
+        """Append the observations of earlier steps of the same episode, in the layout of SB3's VecFrameStack (oldest
+        first, zeros before the start; channels of images, last axis of vectors). A policy cloned from the result runs
+        in ``VecFrameStack(env, count)``.
 
         :param count: observations per row, at least 1
         """
@@ -77,7 +82,7 @@ class Demonstrations:
         order = np.arange(len(self))
         rows = np.argsort(self.episode_ids, kind="stable")  # of one episode side by side
         sources = []
-        for lag in range(count - 1, -1, -1):
+        for lag in range((count - 1) * self.rows_per_step, -1, -self.rows_per_step):
             source, inside = np.empty_like(order), np.zeros(len(self), dtype=bool)
             earlier = rows[np.maximum(order - lag, 0)]
             source[rows] = earlier
@@ -97,4 +102,4 @@ class Demonstrations:
             observations: Observations = {key: stacked(value) for key, value in self.observations.items()}
         else:
             observations = stacked(self.observations)
-        return Demonstrations(observations, self.actions, self.episode_ids)
+        return replace(self, observations=observations)

@@ -24,6 +24,8 @@ from fagrpo.demonstrations import Demonstrations
 from fagrpo.encoders import FlowObservationEncoder
 from fagrpo.policies import FlowPolicy
 
+MAX_VALIDATION_ROWS = 2048
+
 
 @dataclass
 class BehaviourCloningResult:
@@ -218,7 +220,8 @@ def behaviour_cloning(
     :param ema_decay: of the weight average, which begins with a shorter memory: (1 + n) / (10 + n) after n updates
     :param image_shift: random shift of images, in pixels; 0: none
     :param color_jitter_strength: see :func:`color_jitter`; 0: none
-    :param validation_fraction: share of episodes held out; 0: none, the last weights are kept
+    :param validation_fraction: share of episodes held out, of which at most ``MAX_VALIDATION_ROWS`` rows, spread over
+        all of them, are used; 0: none, the last weights are kept
     :param validate_every: updates between validations (and checkpoints)
     :param patience: stop after this many validations without improvement; None: never
     :param bfloat16: run the network under bfloat16 autocast (fast only where the processor supports it)
@@ -239,7 +242,9 @@ def behaviour_cloning(
         train_rows, validation_rows = demonstrations.split(validation_fraction, seed)
     else:
         train_rows, validation_rows = np.arange(len(demonstrations)), np.zeros(0, dtype=np.int64)
-    train_index, validation_index = torch.from_numpy(train_rows), torch.from_numpy(validation_rows)[:2048]
+    train_index = torch.from_numpy(train_rows)
+    every = -(-len(validation_rows) // MAX_VALIDATION_ROWS) or 1
+    validation_index = torch.from_numpy(validation_rows[::every])
     set_statistics(policy, demonstrations.rows(train_rows))
     device = policy.device
     policy.set_training_mode(True)

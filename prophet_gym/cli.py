@@ -33,22 +33,6 @@ def _record(arguments: argparse.Namespace) -> None:
     )
 
 
-def _check_device(device: str) -> None:
-    """Before the data are loaded.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    import torch
-
-    try:
-        known = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    if not known:
-        raise ValueError(f"--device {device} cannot be used: this torch finds no CUDA device.")
-
-
 def _train(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays, subset
     from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -112,6 +96,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.run_folder import weights_checksum
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
+    init = None if arguments.init is None else load_reward_model(arguments.init, arguments.device)
     datasets = [EpisodeDataset(path) for path in arguments.data]
     more = [EpisodeDataset(path) for path in arguments.motion]
     pipeline = None if arguments.world_model is None else load_world_model(arguments.world_model, arguments.device)
@@ -139,7 +124,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         device=arguments.device,
-        init=None if arguments.init is None else load_reward_model(arguments.init, arguments.device),
+        init=init,
         max_false_success_rate=arguments.max_false_success_rate,
         origin=origin,
     )
@@ -215,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", required=True)
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
+    train.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     train.set_defaults(run=_train)
 
     adapt = commands.add_parser(
@@ -239,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)
     adapt.add_argument("--seed", type=int, default=0)
-    adapt.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
+    adapt.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     adapt.set_defaults(run=_adapt)
 
     reward = commands.add_parser(
@@ -261,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
     reward.add_argument("--seed", type=int, default=0)
-    reward.add_argument("--device", default="cpu", help="of torch: cpu, cuda ...")
+    reward.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     reward.set_defaults(run=_train_reward)
 
     evaluate = commands.add_parser(
@@ -283,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if "device" in arguments:
-            _check_device(arguments.device)
+            from prophet_gym.envs.models import resolve_device
+
+            arguments.device = resolve_device(arguments.device)  # before the data are loaded
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"prophet {arguments.command}: {error}", file=sys.stderr)

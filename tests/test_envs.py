@@ -821,6 +821,15 @@ def test_a_reset_that_fails_changes_nothing(fake: dict[str, Any]) -> None:
     assert data_equivalence(env.reset()[0], twin.reset()[0], exact=True)
 
 
+def test_a_reset_that_fails_in_a_later_env_leaves_the_random_streams_alone(fake: dict[str, Any]) -> None:
+    envs, twin = (ProphetVectorEnv(num_envs=2, **fake) for _ in range(2))
+    for one in (envs, twin):
+        one.reset(seed=3)
+    with pytest.raises(ValueError, match="Unknown task 99"):
+        envs.reset(options={"task": [None, 99]})
+    assert data_equivalence(envs.reset(), twin.reset(), exact=True)
+
+
 def test_the_random_stream_can_be_read_and_set_before_the_first_reset(fake: dict[str, Any]) -> None:
     env, other = ProphetEnv(**fake), ProphetEnv(**fake)
     seed = env.np_random_seed

@@ -1,6 +1,7 @@
 """Behaviour cloning: it learns, it resumes, it refuses what does not fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,9 +10,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+from test_envs import INSTRUCTIONS
+from test_episode_data import make_episode, make_writer
 
 from fagrpo import Demonstrations, FlowPolicy, behaviour_cloning
-from fagrpo.imitation import color_jitter, flow_matching_loss, random_shift, set_statistics
+from fagrpo.cli import load_demonstrations
+from fagrpo.imitation import DemonstrationTensors, color_jitter, flow_matching_loss, random_shift, set_statistics
 
 SMALL = {
     "num_flow_steps": 4,
@@ -274,6 +278,51 @@ def test_frames_are_stacked_within_episodes_that_were_recorded_side_by_side() ->
     together = data.stack_frames(3)
     mixed = np.arange(40).reshape(4, 10).T.flatten()  # the first rows of all, then the second ones ...
     np.testing.assert_array_equal(data.rows(mixed).stack_frames(3).observations, together.rows(mixed).observations)
+
+
+def test_frames_are_stacked_a_step_of_the_environment_apart() -> None:
+    """Every frame is a row, and a policy acts at every second one."""
+    data = replace(linear_demonstrations(20), rows_per_step=2)
+    stacked = data.stack_frames(3).observations
+    obs = data.observations
+    np.testing.assert_array_equal(stacked[17], np.concatenate([obs[13], obs[15], obs[17]]))  # type: ignore[index]
+    np.testing.assert_array_equal(stacked[12], np.concatenate([0 * obs[10], obs[10], obs[12]]))  # type: ignore[index]
+
+
+def test_a_recording_is_never_in_training_and_in_validation(tmp_path: Path) -> None:
+    """Nor is a row of it; and one that is solved in all its frames has one chunk."""
+    writer = make_writer(tmp_path / "data")
+    for index in range(20):
+        success = np.arange(6) >= 4 if index else np.ones(6, bool)
+        writer.write_episode(index, make_episode(index, success=success, instruction=INSTRUCTIONS[0]))
+    writer.finalize()
+    data = load_demonstrations([tmp_path / "data"], kinds=["clean"], split="train")
+    assert data.rows_per_step == 2 and len(data) == 1 + 19 * 5
+    assert data.episode_ids.tolist() == [0] + [index for index in range(1, 20) for _ in range(5)]
+    train, held_out = data.split(0.2, seed=0)
+    assert len(set(data.episode_ids[train])) == 16 and not set(data.episode_ids[train]) & set(
+        data.episode_ids[held_out]
+    )
+    slow = make_writer(tmp_path / "slow", frame_stride=8)
+    slow.write_episode(0, make_episode(0, stride=8, success=np.arange(6) >= 4, instruction=INSTRUCTIONS[0]))
+    slow.finalize()
+    with pytest.raises(ValueError, match="one frame_stride"):
+        load_demonstrations([tmp_path / "data", tmp_path / "slow"], kinds=["clean"], split="train")
+
+
+def test_validation_looks_at_rows_of_all_held_out_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = linear_demonstrations(200), []
+    monkeypatch.setattr("fagrpo.imitation.MAX_VALIDATION_ROWS", 7)
+    batch = DemonstrationTensors.batch
+
+    def spy(self: DemonstrationTensors, rows: torch.Tensor, *arguments: object) -> object:
+        if not torch.is_grad_enabled():
+            seen.append(rows)
+        return batch(self, rows, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DemonstrationTensors, "batch", spy)
+    clone(make_policy(), data, num_updates=50, validation_fraction=0.3)
+    assert {len(rows) for rows in seen} == {7} and len(set((seen[0] // 10).tolist())) >= 5
 
 
 def broken_length(data: Demonstrations) -> Demonstrations:

@@ -27,7 +27,7 @@ def test_it_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["record", "--suite", "libero_objects", "--out", "data"], "libero_object"),
         (["train", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["train", ".", "--out", "out"], "otherwise it is no data set"),
-        (["train", ".", "--out", "out", "--device", "gpu"], "--device gpu cannot be used"),
+        (["train", ".", "--out", "out", "--device", "gpu"], "Unknown device 'gpu': use 'auto'"),
         (["adapt", "nobody", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["evaluate", "nobody", "nowhere", "--report", "report"], "nobody"),
     ],

@@ -44,6 +44,16 @@ class EpisodeArrays:
         return self.actions.shape[2] // ACTION_DIM
 
     @property
+    def suites(self) -> list[str]:
+        """The suite of each episode."""
+        return [record.suite for record in self.records]
+
+    @property
+    def instructions(self) -> list[str]:
+        """The task of each episode, in words."""
+        return [record.instruction for record in self.records]
+
+    @property
     def episode_of_row(self) -> Tensor:
         """Index of the episode that each row belongs to, int64 (N,)."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
@@ -165,7 +175,12 @@ def _black(count: int) -> Tensor:
 
 
 def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays, Tensor]:
-    """At most ``count`` episodes, drawn without replacement, and the rows of ``arrays`` that are theirs, int64 (M,)."""
+    """At most ``count`` episodes, drawn without replacement, and the rows of ``arrays`` that are theirs, int64 (M,).
+
+    :raises ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"The number of episodes must be at least 1, got {count}.")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(arrays.starts), generator=generator)[:count].sort().values
     lengths = arrays.lengths[chosen]

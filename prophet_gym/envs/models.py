@@ -135,13 +135,13 @@ def resolve_models(
 def load_world_model(world_model: str | Path, device: str = "auto", dtype: str = "auto") -> "ProphetPipeline":
     """The world model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
     folder = _checkpoint(world_model, "world model", "model_index.json")
-    return _load_world_model(folder, _modified(folder), _device(device), _dtype(dtype))
+    return _load_world_model(folder, _modified(folder), resolve_device(device), _dtype(dtype))
 
 
 def load_reward_model(reward_model: str | Path, device: str = "auto") -> "SuccessClassifier":
     """The reward model of a name in the wheel or a path; loaded once, so change only a copy. See `resolve_models`."""
     folder = _checkpoint(reward_model, "reward model", "config.json")
-    return _load_reward_model(folder, _modified(folder), _device(device))
+    return _load_reward_model(folder, _modified(folder), resolve_device(device))
 
 
 def _modified(folder: Path) -> int:
@@ -178,7 +178,11 @@ def _load_reward_model(path: Path, modified_ns: int, device: str) -> "SuccessCla
     return model.to(device).eval()
 
 
-def _device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """The torch device of this name, "auto" being CUDA where there is one.
+
+    :raises ValueError: there is no such device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -241,7 +241,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             member.
         :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
 
-        A reset that raises leaves episodes and seeds as they were.
+        A reset that raises leaves episodes, seeds and random streams as they were.
         """
         request = ResetRequest.parse(options, self.num_envs)
         if isinstance(seed, int | np.integer):
@@ -257,6 +257,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             raise gym.error.ResetNeeded("The first reset() must reset every env: leave 'reset_mask' out.")
         starts: dict[int, tuple[StartState, int]] = {}
         streams = [list(of_envs) for of_envs in (self._rngs, self._seeds, self._member_rngs, self._noise)]
+        states = [(rng, rng.bit_generator.state) for rng in (*self._rngs, *self._member_rngs) if rng is not None]
         try:
             for i in rows.tolist():
                 self._rng(i, None if seed is None else seed[i])
@@ -264,6 +265,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 starts[i] = starts[leader] if leader in starts else self._choose_start(i, request.per_env[i])
         except Exception:
             self._rngs, self._seeds, self._member_rngs, self._noise = streams
+            for rng, state in states:
+                rng.bit_generator.state = state
             raise
         self._begin(rows, list(starts.values()))
         infos: dict[str, Any] = {}

@@ -47,5 +47,5 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
 def _inputs(arrays: EpisodeArrays) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean action of every video step, (E, T, A), and the instruction's embedding, (E, D)."""
     index = arrays.starts[:, None] + torch.arange(int(arrays.lengths.min()) - 1)
-    embeddings = embed_instructions([record.instruction for record in arrays.records])
+    embeddings = embed_instructions(arrays.instructions)
     return arrays.actions[index].mean(2), torch.from_numpy(embeddings)

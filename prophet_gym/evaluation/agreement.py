@@ -304,8 +304,9 @@ def actions_report(
                 arrays.first_frames[:count],
                 arrays.proprio[rows[:, 0]],
                 actions,
-                [record.suite for record in arrays.records[:count]],
+                arrays.suites[:count],
                 [torch.Generator().manual_seed(one) for one in episode_seeds(torch.arange(count), seed)],
+                member=episode_folds(arrays, pipeline.num_members)[:count],  # as the own ones, see `replay_episodes`
             )[0].numpy()
         report[f"psnr_{name}"] = float(_one_by_one(psnr, video, real[:count])[:, 1:].clamp(max=60).mean())
     return report
@@ -331,7 +332,7 @@ def _verdicts(
     )
     solved = arrays.success[ends].numpy()
     imagined_frames = _judge(judge, arrays, *imagined, chunk_frames)
-    threshold = thresholds(judge, [record.suite for record in arrays.records])
+    threshold = thresholds(judge, arrays.suites)
     return Verdicts(
         kind=np.array([record.kind for record in arrays.records]),
         solved=solved,
@@ -347,7 +348,7 @@ def _judge(
     judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], proprio: torch.Tensor, chunk_frames: int
 ) -> NDArray[np.float64]:
     """Probability at the end of each chunk, per clip (N, T + 1, H, W, 3) and proprioception (N, T + 1, P): (N, C)."""
-    instructions = [record.instruction for record in arrays.records]
+    instructions = arrays.instructions
     embeddings = embed_instructions(instructions)
     poses = proprio.numpy()
     scores = [
@@ -362,7 +363,7 @@ def _reconstruct(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, real: NDArray[np.uint8], batch_size: int = 4
 ) -> NDArray[np.uint8]:
     """The clips (N, T + 1, H, W, 3), encoded and decoded: the best that this autoencoder can show."""
-    projections = pipeline.projection([record.suite for record in arrays.records[: len(real)]])
+    projections = pipeline.projection(arrays.suites[: len(real)])
     holds, index = track_holds(arrays), arrays.starts[: len(real), None] + torch.arange(real.shape[1])
     latest = (torch.arange(real.shape[1]) - 1).clamp(min=0)
     latest -= latest % pipeline.chunk_frames  # the frame that each chunk began from
@@ -411,7 +412,7 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     """Prophet's state at every frame of an episode whose true proprioception it sees: float32 (count, length, S)."""
     index = arrays.starts[:count, None] + torch.arange(length)
     proprio, actions = arrays.proprio[index].to(pipeline.device), arrays.actions[index].to(pipeline.device)
-    suites = [record.suite for record in arrays.records[:count]]
+    suites = arrays.suites[:count]
     projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
     start = frames_to_pixels(arrays.first_frames[:count]).to(pipeline.device)
     members = episode_folds(arrays, pipeline.num_members)[:count].to(pipeline.device)

@@ -197,7 +197,7 @@ def calibrate(
     classifier.logit_scale.copy_(scale)
     scale, classifier.motion_bias[...] = _fit_logistic(logits[:, 1:], arrays.success)
     classifier.motion_scale.copy_(scale[0])
-    suites = np.array([record.suite for record in arrays.records])
+    suites = np.array(arrays.suites)
     frame_suites = np.repeat(suites, arrays.lengths.numpy())
     metrics: dict[str, dict[str, float]] = {}
     logits = logits.to(classifier.device)
@@ -211,8 +211,8 @@ def calibrate(
         for suite in np.unique(suites).tolist():
             own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
             thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
-            auroc = binary_auroc(probability[frames], arrays.success[frames].long())
-            metrics[suite + verdict] = {"frame_auroc": float(auroc)} | episode_metrics(
+            auroc = _auroc(probability[frames], arrays.success[frames])
+            metrics[suite + verdict] = {"frame_auroc": auroc} | episode_metrics(
                 peak[own], solved[own], thresholds[suite]
             )
         classifier.register_to_config(**{name: thresholds})
@@ -262,18 +262,22 @@ def episode_metrics(
 ) -> dict[str, float]:
     """Accuracy, AUROC, recall and false-success rate of "the peak reaches the threshold" against the real outcomes."""
     judged = peak >= threshold
-    mixed = solved.any() and not solved.all()
-    auroc = float(binary_auroc(torch.from_numpy(peak), torch.from_numpy(solved).long())) if mixed else float("nan")
     return {
         "episodes": float(len(solved)),
         "success_rate": float(solved.mean()),
         "accuracy": float((judged == solved).mean()),
-        "auroc": auroc,
+        "auroc": _auroc(torch.from_numpy(peak), torch.from_numpy(solved)),
         "recall": float(judged[solved].mean()) if solved.any() else float("nan"),
         "false_success_rate": float(judged[~solved].mean()) if (~solved).any() else float("nan"),
         "threshold": float(np.mean(threshold)),
     }
 
 
+def _auroc(score: torch.Tensor, solved: torch.Tensor) -> float:
+    """NaN where there is nothing to tell apart."""
+    mixed = bool(solved.any()) and not bool(solved.all())
+    return float(binary_auroc(score, solved.long())) if mixed else float("nan")
+
+
 def _embeddings(arrays: EpisodeArrays) -> torch.Tensor:
-    return torch.from_numpy(embed_instructions([record.instruction for record in arrays.records]))
+    return torch.from_numpy(embed_instructions(arrays.instructions))

@@ -64,7 +64,12 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     actions and verdicts are real.
 
     A judge that trains on them learns what success and failure look like where Prophet is vague.
+
+    Raises:
+        ValueError: a count below 1.
     """
+    if count < 1:
+        raise ValueError(f"The number of imagined episodes must be at least 1, got {count}.")
     chosen = torch.linspace(0, len(arrays.starts) - 1, min(count, len(arrays.starts))).long()
     lengths = arrays.lengths[chosen]
     return concatenate([_imagine(pipeline, arrays, chosen[lengths == length], seed) for length in lengths.unique()])
@@ -165,7 +170,7 @@ def imagine_training_episodes(
         seed: of the noise.
     """
     device, chunk_frames = pipeline.device, pipeline.chunk_frames
-    suites, holds = [record.suite for record in arrays.records], track_holds(arrays)
+    suites, holds = arrays.suites, track_holds(arrays)
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
     generator = torch.Generator().manual_seed(seed)

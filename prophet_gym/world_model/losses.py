@@ -54,8 +54,7 @@ class ProprioceptionLoss:
         self.batch_size, self.steps, self.frames = batch_size, steps, frames
         others = episode_folds(arrays, pipeline.num_members) != member
         self._weights = (others | ~others.any()) * suite_weights(arrays)
-        suites = [record.suite for record in arrays.records]
-        self._projections, self._robots = pipeline.projection(suites), pipeline.robot(suites)
+        self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
         # Where each robot is: its episode, the frame in it, the state that it believes in, and the light.
         self._rollouts: dict[str, torch.Tensor] = {}
 
@@ -168,7 +167,7 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: Ima
     """Error of crops decoded from the transformer's own latents and carried from the decoder's own frames, so that it
     makes the best of their errors."""
     vae, chunk_frames = pipeline.vae, pipeline.chunk_frames
-    projections = pipeline.projection([record.suite for record in arrays.records])
+    projections = pipeline.projection(arrays.suites)
     holds, sampler = track_holds(arrays), ClipSampler(arrays, 1, 1, batch_size)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -221,7 +220,7 @@ def transformer_loss(
             where there is no own history.
     """
     transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
-    suites = [record.suite for record in arrays.records]
+    suites = arrays.suites
     projections, robots = pipeline.projection(suites), pipeline.robot(suites)
     weights, holds = contact_weights(arrays), track_holds(arrays)
     recent = transformer.buffer_frames - 1
@@ -271,8 +270,8 @@ def transformer_loss(
 def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
     """How often each episode is drawn, float (E,), so that a suite's share of the frames is in proportion to the root
     of how many it has: else a robot with a twentieth of the episodes would be forgotten."""
-    suites = sorted({record.suite for record in arrays.records})
-    suite = torch.tensor([suites.index(record.suite) for record in arrays.records])
+    suites = sorted(set(arrays.suites))
+    suite = torch.tensor([suites.index(suite) for suite in arrays.suites])
     return suite.bincount(arrays.lengths.double()).rsqrt()[suite]
 
 

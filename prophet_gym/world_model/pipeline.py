@@ -132,6 +132,11 @@ class ProphetPipeline(DiffusionPipeline):
         robots = robots or []
         if len(robots) > body.robots:
             raise ValueError(f"The proprioception model has {body.robots} slots, got {len(robots)} robots.")
+        if body.frame_stride != frame_stride:
+            raise ValueError(
+                f"The proprioception model takes {body.frame_stride} actions a frame, and the pipeline has "
+                f"frame_stride={frame_stride}: build both with the same."
+            )
         condition_dim = proprioception.condition_dim
         if transformer.config.condition_dim != condition_dim:
             raise ValueError(

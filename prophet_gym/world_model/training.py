@@ -231,7 +231,7 @@ def _validate(
 ) -> None:
     """Replay 8 validation episodes of each suite open loop; log PSNR by horizon and write videos, real above
     imagined."""
-    for suite in sorted({record.suite for record in arrays.records}):
+    for suite in sorted(set(arrays.suites)):
         own = torch.tensor([k for k, record in enumerate(arrays.records) if record.suite == suite])
         chosen = own[torch.linspace(0, len(own) - 1, min(8, len(own))).long()]
         imagined, _ = replay_episodes(pipeline, arrays, chosen, range(len(chosen)))
@@ -325,6 +325,7 @@ def train(
         proprioception,
         FlowMatchEulerDiscreteScheduler(),
         image_size=train_arrays.frames.shape[1],
+        frame_stride=stride,
         cameras=cameras,
         action_streams=action_streams,
     )
@@ -375,7 +376,7 @@ def fit_autoencoder(
     if "autoencoder" not in recipe:
         return encode_frames(vae, arrays.frames)
     stage = dict(recipe["autoencoder"])
-    projections = pipeline.projection([record.suite for record in arrays.records])
+    projections = pipeline.projection(arrays.suites)
     loss_fn = autoencoder_loss(vae, arrays, projections, stage.pop("batch_size"))
     fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
     latents = encode_frames(vae, arrays.frames).float()
