@@ -125,8 +125,7 @@ def classification_loss(
                 for pool, count in ((solved, 2 * quarter), (ends, quarter), (torch.arange(len(episode)), quarter))
             ]
         )
-        clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
-        clips = _augment(clips, generator).to(classifier.device)
+        clips = _augment(_clips(arrays, rows, first[rows]), generator).to(classifier.device)
         logits = classifier(clips, embeddings[episode[rows]].to(classifier.device))
         target = arrays.success[rows].float().to(classifier.device)
         seen_loss = F.binary_cross_entropy_with_logits(logits, target)
@@ -166,6 +165,11 @@ def _times(arrays: EpisodeArrays, episodes: torch.Tensor) -> tuple[torch.Tensor,
     return arrays.starts[episodes, None] + steps.minimum(lengths - 1), steps < lengths
 
 
+def _clips(arrays: EpisodeArrays, rows: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """What the judge sees of frames (N,): their episode's first one, their predecessor and they, (N, 3, H, W, 3)."""
+    return arrays.frames[torch.stack([first, torch.maximum(rows - 1, first), rows], dim=1)]
+
+
 @torch.no_grad()
 def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
     """Logits of both witnesses at every frame, with its predecessor, its episode's start and the motion until then:
@@ -174,8 +178,8 @@ def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_siz
     episode, first = arrays.episode_of_row, arrays.starts[arrays.episode_of_row]
     logits = torch.empty(len(episode), 2)
     for rows in torch.arange(len(episode)).split(batch_size):
-        clips = arrays.frames[torch.stack([first[rows], torch.maximum(rows - 1, first[rows]), rows], dim=1)]
-        logits[rows, 0] = classifier(clips.to(device), embeddings[episode[rows]].to(device)).cpu()
+        clips = _clips(arrays, rows, first[rows]).to(device)
+        logits[rows, 0] = classifier(clips, embeddings[episode[rows]].to(device)).cpu()
     for chosen in torch.arange(len(arrays.starts)).split(batch_size):
         times, inside = _times(arrays, chosen)
         moved = classifier.motion_logits(arrays.proprio[times].to(device), embeddings[chosen].to(device))

@@ -55,7 +55,7 @@ class ProprioceptionLoss:
         others = episode_folds(arrays, pipeline.num_members) != member
         self._weights = (others | ~others.any()) * suite_weights(arrays)
         self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
-        # Where each robot is: its episode, the frame in it, the state that it believes in, and the light.
+        # Where each robot is: its episode, the frame in it, how bright its picture is, the state that it believes in.
         self._rollouts: dict[str, torch.Tensor] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -67,28 +67,12 @@ class ProprioceptionLoss:
         self._rollouts = state
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        model, arrays, count, device = self.model, self.arrays, self.batch_size, self.model.device
-        episodes = torch.multinomial(self._weights, count, replacement=True, generator=generator)
-        gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
-        uniform = torch.rand(2, count, generator=generator)
-        time = torch.zeros_like(episodes)
-        told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
-        if before := self._rollouts:
-            over = before["time"] >= arrays.lengths[before["episodes"]] - 1
-            episodes = torch.where(over, episodes, before["episodes"])
-            time = torch.where(over, time, before["time"])
-            gain = torch.where(over[:, None, None, None], gain, before["gain"])
-            state = torch.where(over[:, None].to(device), 0.0, before["state"].to(device))
-            told |= over
-        else:  # anywhere in their episodes, so that they do not all begin anew at once
-            time = (uniform[1] * (arrays.lengths[episodes] - 1)).long()
-            state = torch.zeros(count, model.state_dim, device=device)
-            told = torch.ones_like(told)
-        first, steps_left = arrays.starts[episodes] + time, arrays.lengths[episodes] - 1 - time
-        true = arrays.proprio[first].to(device)
-        believed = torch.where(told[:, None].to(device), true, state[:, : model.proprio_dim])
-        state = torch.cat([believed, state[:, model.proprio_dim :]], dim=1)
-        pixels = (frames_to_pixels(arrays.first_frames[episodes]) + gain).to(device)
+        model, arrays, device = self.model, self.arrays, self.model.device
+        rollouts = self._begin_and_tell(step, generator)
+        episodes, state = rollouts["episodes"], rollouts["state"]
+        first = arrays.starts[episodes] + rollouts["time"]
+        steps_left = arrays.lengths[episodes] - 1 - rollouts["time"]
+        pixels = (frames_to_pixels(arrays.first_frames[episodes]) + rollouts["gain"]).to(device)
         projection, robot = self._projections[episodes].to(device), self._robots[episodes].to(device)
         losses = []
         for frame in range(self.frames):
@@ -99,15 +83,33 @@ class ProprioceptionLoss:
             grip = _log_opening(state[:, : model.proprio_dim]) - _log_opening(target)
             loss = _almost_absolute(error / model.delta_std[robot]) + _almost_absolute(grip)
             losses.append(loss[(frame < steps_left).to(device)])
-        self._rollouts = {
-            "episodes": episodes,
-            "time": time + self.frames,
-            "gain": gain,
-            "state": state.detach(),
-        }
+        self._rollouts = rollouts | {"time": rollouts["time"] + self.frames, "state": state.detach()}
         arms = per_arm(error.detach(), model.config.num_arms)[model.arm_mask[robot].flatten()]
         logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
         return torch.cat(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
+
+    def _begin_and_tell(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The rollouts, with new episodes in place of those that are over, and the truth for those that are told it."""
+        arrays, count, device = self.arrays, self.batch_size, self.model.device
+        episodes = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
+        uniform = torch.rand(2, count, generator=generator)
+        told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
+        if before := self._rollouts:
+            over = before["time"] >= arrays.lengths[before["episodes"]] - 1
+            episodes = torch.where(over, episodes, before["episodes"])
+            time = torch.where(over, 0, before["time"])
+            gain = torch.where(over[:, None, None, None], gain, before["gain"])
+            state = torch.where(over[:, None].to(device), 0.0, before["state"].to(device))
+            told |= over
+        else:  # anywhere in their episodes, so that they do not all begin anew at once
+            time = (uniform[1] * (arrays.lengths[episodes] - 1)).long()
+            state = torch.zeros(count, self.model.state_dim, device=device)
+            told = torch.ones_like(told)
+        true = arrays.proprio[arrays.starts[episodes] + time].to(device)
+        believed, rest = state.tensor_split([true.shape[1]], dim=1)
+        believed = torch.where(told[:, None].to(device), true, believed)
+        return {"episodes": episodes, "time": time, "gain": gain, "state": torch.cat([believed, rest], dim=1)}
 
 
 def _almost_absolute(error: torch.Tensor) -> torch.Tensor:
