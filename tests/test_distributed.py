@@ -14,12 +14,12 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
-from test_world_model import episodes
+from test_world_model import episodes, twelve_steps
 
 import prophet_gym.training
 from prophet_gym.training import LossFn, fit
-from prophet_gym.world_model import ProphetAutoencoder, ProphetPipeline, ProprioceptionModel
-from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss
+from prophet_gym.world_model import ProphetAutoencoder, ProphetPipeline
+from prophet_gym.world_model.losses import autoencoder_loss
 from prophet_gym.world_model.training import train
 
 SEED = 3
@@ -40,29 +40,6 @@ def loss_of(vae: ProphetAutoencoder) -> LossFn:
 def one_step(vae: ProphetAutoencoder, loss_fn: LossFn, out: Path) -> ProphetAutoencoder:
     fit("one-step", vae, loss_fn, out, steps=1, learning_rate=LEARNING_RATE, seed=SEED)
     return vae
-
-
-def twelve_steps(out: Path, stop_at: int | None) -> ProprioceptionModel:
-    pipeline = ProphetPipeline.tiny_random()
-    model = pipeline.proprioception
-
-    class Killed(ProprioceptionLoss):
-        def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-            if step == stop_at:
-                raise KeyboardInterrupt
-            return super().__call__(step, generator)
-
-    fit(
-        "model",
-        model,
-        Killed(pipeline, episodes(4), 8, 12),
-        out,
-        steps=12,
-        learning_rate=1e-2,
-        seed=SEED,
-        checkpoint_every=5,
-    )
-    return model
 
 
 def work(out: Path) -> None:

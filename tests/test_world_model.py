@@ -664,37 +664,28 @@ def test_robots_go_on_from_where_they_are_and_are_told_the_truth_in_the_beginnin
             assert torch.equal(begun[0][~told, :8], ended["state"][~told, :8])
 
 
+def twelve_steps(out: Path, stop_at: int | None) -> ProprioceptionModel:
+    """A training with a checkpoint after every fifth step, killed at `stop_at`."""
+
+    class Killed(ProprioceptionLoss):
+        def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return super().__call__(step, generator)
+
+    pipeline = ProphetPipeline.tiny_random()
+    model, loss_fn = pipeline.proprioception, Killed(pipeline, episodes(4), 8, 12)
+    fit("model", model, loss_fn, out, steps=12, learning_rate=1e-2, seed=3, checkpoint_every=5)
+    return model
+
+
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    arrays = episodes(4)
-
-    def run(out: Path, stop_at: int | None) -> ProprioceptionModel:
-        pipeline = ProphetPipeline.tiny_random()
-        model = pipeline.proprioception
-
-        class Killed(ProprioceptionLoss):
-            def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-                if step == stop_at:
-                    raise KeyboardInterrupt
-                return super().__call__(step, generator)
-
-        fit(
-            "model",
-            model,
-            Killed(pipeline, arrays, 8, 12),
-            out,
-            steps=12,
-            learning_rate=1e-2,
-            seed=3,
-            checkpoint_every=5,
-        )
-        return model
-
-    whole = run(tmp_path / "whole", None)
+    whole = twelve_steps(tmp_path / "whole", None)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", 8)
+        twelve_steps(tmp_path / "killed", 8)
     torch.manual_seed(1)  # no random number but those of its seed matters, not even in a dropout
-    resumed = run(tmp_path / "killed", None)
-    assert not resumed.training and not run(tmp_path / "killed", None).training
+    resumed = twelve_steps(tmp_path / "killed", None)
+    assert not resumed.training and not twelve_steps(tmp_path / "killed", None).training
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
