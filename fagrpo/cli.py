@@ -52,7 +52,8 @@ def load_demonstrations(
     if len({dataset.num_arms for dataset in datasets}) > 1:
         arms = {str(dataset.root): dataset.num_arms for dataset in datasets}
         raise ValueError(f"a policy is of one robot, got data sets of robots with so many arms: {arms}")
-    if len(strides := {dataset.frame_stride for dataset in datasets}) > 1 or CHUNK % min(strides):
+    strides = {dataset.frame_stride for dataset in datasets}
+    if len(strides) > 1 or any(CHUNK % stride for stride in strides):
         each = {str(dataset.root): dataset.frame_stride for dataset in datasets}
         raise ValueError(f"expected one frame_stride that divides the chunk of {CHUNK} actions, got {each}")
     selected = [dataset.select(split=split, kind=kinds) for dataset in datasets]
@@ -84,7 +85,7 @@ def load_demonstrations(
         },
         actions=np.stack(actions).astype(np.float32),
         episode_ids=np.array(episode_ids),
-        rows_per_step=CHUNK // min(strides),
+        rows_per_step=CHUNK // frame_stride,
     )
 
 

@@ -105,7 +105,8 @@ def classification_loss(
     poses are shifted a little.
     """
     embeddings, motion_embeddings = _embeddings(arrays), _embeddings(motion)
-    episode, first = arrays.episode_of_row, arrays.starts[arrays.episode_of_row]
+    episode = arrays.episode_of_row
+    first = arrays.starts[episode]
     solved = arrays.success.nonzero()[:, 0]
     last = arrays.starts + arrays.lengths - 1
     failed = ~arrays.success[last]
@@ -175,7 +176,8 @@ def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_siz
     """Logits of both witnesses at every frame, with its predecessor, its episode's start and the motion until then:
     float (N, 2)."""
     embeddings, device = _embeddings(arrays), classifier.device
-    episode, first = arrays.episode_of_row, arrays.starts[arrays.episode_of_row]
+    episode = arrays.episode_of_row
+    first = arrays.starts[episode]
     logits = torch.empty(len(episode), 2)
     for rows in torch.arange(len(episode)).split(batch_size):
         clips = _clips(arrays, rows, first[rows]).to(device)
