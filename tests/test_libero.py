@@ -178,7 +178,7 @@ def test_missing_opengl_says_what_to_install(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "prophet_gym.simulators.libero_simulation", raising=False)
     monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(RuntimeError, match="libegl1"):
+    with pytest.raises(ImportError, match="libegl1"):
         LiberoEnv()
 
 

@@ -86,8 +86,8 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
     - `max_chunks`: an episode is truncated after this many steps.
     - `render_mode`: None or `"rgb_array"`.
 
-    Raises ``ImportError`` if LIBERO is not installed (``pip install "prophet-gym[libero]"``) and ``RuntimeError`` if no
-    OpenGL is found for off-screen rendering.
+    Raises ``ImportError`` if LIBERO is not installed (``pip install "prophet-gym[libero]"``) or no OpenGL is found for
+    off-screen rendering.
 
     ## Version history
     * v0: first version (0.1.0).
@@ -239,7 +239,7 @@ def task_names(suite: str) -> list[str]:
 
     Raises:
         ValueError: an unknown suite.
-        ImportError, RuntimeError: see :func:`load_simulation`.
+        ImportError: see :func:`load_simulation`.
     """
     if suite not in LIBERO_SUITES:
         raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(LIBERO_SUITES)}.")
@@ -264,8 +264,7 @@ def load_simulation(suite: str, task: int, image_size: int = IMAGE_SIZE) -> Libe
     """Build the simulation of one task.
 
     Raises:
-        ImportError: LIBERO is not installed.
-        RuntimeError: there is no OpenGL for off-screen rendering.
+        ImportError: LIBERO is not installed, or there is no OpenGL for off-screen rendering.
     """
     simulation: LiberoSimulation = _simulation_module().LiberoSimulation(suite, task, image_size)
     return simulation
@@ -278,7 +277,7 @@ def _simulation_module() -> Any:
     try:
         from prophet_gym.simulators import libero_simulation
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise ImportError(
             f"LIBERO is installed but cannot be loaded ({error}). Most often OpenGL is missing: install it (Debian, "
             "Ubuntu: apt install libegl1 libgl1-mesa-dri), or osmesa (apt install libosmesa6, set MUJOCO_GL=osmesa)."
         ) from error
