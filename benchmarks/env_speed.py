@@ -49,7 +49,7 @@ def time_libero(steps: int, suite: str, video: bool) -> dict[str, Any] | str:
     try:
         env = gym.make("LIBERO-v0", suite=suite, task=0, max_chunks=steps + 1)
         env.reset(seed=0)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         return str(error)
     simulation = env.unwrapped.simulation
     if not video:
