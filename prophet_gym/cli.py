@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 PRESETS = ("tiny", "brief", "base", "cosmos-2b", "debug")
-RECIPES = ("adapt", "extend", "motion", "debug")
+RECIPES = ("adapt", "extend", "motion", "video", "debug")
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -69,7 +69,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
     load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
     episodes = arguments.episodes
-    if episodes is None and arguments.recipe not in ("extend", "motion"):
+    if episodes is None and arguments.recipe not in ("extend", "motion", "video"):
         episodes = 20
     train = load("train")
     adapt(
@@ -212,14 +212,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--episodes",
         type=int,
         default=None,
-        help="at most this many training episodes, in all; 20 by default, and all of them for extend and motion",
+        help="at most this many training episodes, in all; 20 by default, and all of them for extend, motion and video",
     )
     adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
     adapt.add_argument(
         "--recipe",
         default="adapt",
         choices=RECIPES,
-        help="adapt; extend, or motion, which begins anew (many episodes); debug (seconds)",
+        help="adapt; extend, video (a GPU), or motion, which begins anew (many episodes); debug (seconds)",
     )
     adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True)

@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pyt
         run(arrays, arrays, recipe="debug", lora_rank=0)
     with pytest.raises(ValueError, match=r"'debug' keeps the members of the proprioception: leave num_members out"):
         run(arrays, arrays, recipe="debug", num_members=2)
-    with pytest.raises(ValueError, match=r"'motion' does not train the transformer: leave lora_rank out"):
+    with pytest.raises(ValueError, match=r"'motion' has no use for adapters of the transformer: leave lora_rank out"):
         run(arrays, arrays, recipe="motion", lora_rank=4)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"prophet-gym\[lora\]"):

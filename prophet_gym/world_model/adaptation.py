@@ -17,6 +17,7 @@ from prophet_gym.world_model.training import (
     fit_autoencoder,
     fit_proprioception,
     fit_video,
+    fit_video_rollouts,
     save_pipeline,
     set_robots,
 )
@@ -43,6 +44,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on held-out episodes (docs/experiments.md).
     "motion": {"anew": True, "proprioception": {"steps": 30_000, "batch_size": 128, "learning_rate": 2e-3}},
+    # The video alone, from many episodes, old and new: an autoencoder that has seen more, and transformer and decoder
+    # together on their own rollouts. For a GPU.
+    "video": {
+        "autoencoder": {"steps": 11_000, "batch_size": 512, "learning_rate": 1.5e-3},
+        "rollouts": {"steps": 14_000, "batch_size": 128, "learning_rate": 1e-3},
+    },
     # Seconds, for tests.
     "debug": {
         "proprioception": {"steps": 20, "batch_size": 16, "learning_rate": 3e-3},
@@ -89,7 +96,7 @@ def adapt(
         The adapted pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown recipe, lora_rank below 1 or where no transformer is trained, num_members below 1 or where
+        ValueError: unknown recipe, lora_rank below 1 or where it is of no use, num_members below 1 or where
             no proprioception is trained anew, or episodes of another stride, size or robot state than the pipeline's,
             of more robots than it has slots, or of robots that do not agree with it, see `set_robots`; or `out` is
             another run's, see `claim`.
@@ -99,13 +106,14 @@ def adapt(
         raise ValueError(f"Unknown recipe {recipe!r}; choose one of {sorted(RECIPES)}.")
     if lora_rank is not None:
         if "transformer" not in RECIPES[recipe]:
-            raise ValueError(f"The recipe {recipe!r} does not train the transformer: leave lora_rank out.")
+            raise ValueError(f"The recipe {recipe!r} has no use for adapters of the transformer: leave lora_rank out.")
         check_lora(lora_rank)
     if num_members is not None and not RECIPES[recipe].get("anew"):
         raise ValueError(f"The recipe {recipe!r} keeps the members of the proprioception: leave num_members out.")
     out = Path(out)
+    has_video = not {"transformer", "rollouts"}.isdisjoint(RECIPES[recipe])
     expected = {
-        "frames" if "transformer" in RECIPES[recipe] else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
+        "frames" if has_video else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
         "proprio": (pipeline.proprioception.proprio_dim,),
         "actions": (pipeline.frame_stride, pipeline.action_dim),
     }
@@ -139,9 +147,13 @@ def adapt(
             pipeline.register_modules(transformer=with_memory(pipeline.transformer, stages["memory"]))
         if stages.get("anew"):
             pipeline.register_modules(proprioception=pipeline.proprioception.untrained(num_members).to(device))
-    fit_proprioception(pipeline, train_arrays, out, stages, seed)
-    if "transformer" in stages:
+    if "proprioception" in stages:
+        fit_proprioception(pipeline, train_arrays, out, stages, seed)
+    if has_video:
         latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
+    if "transformer" in stages:
         fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
+    if "rollouts" in stages:
+        fit_video_rollouts(pipeline, train_arrays, val_arrays, latents, out, stages, seed)
     save_pipeline(pipeline, out)
     return pipeline

@@ -136,7 +136,7 @@ def autoencoder_loss(
         projections: float32 (E, K, 3, 4), the camera of each episode of `arrays`.
     """
 
-    holds, sampler = track_holds(arrays), ClipSampler(arrays, 1, 2, batch_size)
+    holds, sampler, device = track_holds(arrays), ClipSampler(arrays, 1, 2, batch_size), vae.device
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = sampler.draw(generator)
@@ -146,20 +146,21 @@ def autoencoder_loss(
         frame = torch.randint(1, 3, (batch_size,), generator=generator)
         rows = clip.rows[torch.arange(batch_size), frame]
         window = _Window.choose(arrays, rows, reference_rows, generator)
-        pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[reference_rows])
-        shown = frames_to_pixels(arrays.frames[torch.stack([clip.rows[:, 0], clip.first_rows], dim=1)])
+        images = arrays.frames[torch.stack([rows, reference_rows, clip.rows[:, 0], clip.first_rows])].to(device)
+        pixels, reference = window.pixels(images[0]), window.pixels(images[1])
+        shown = frames_to_pixels(images[2:]).transpose(0, 1)
         motion = hand_motions(arrays, holds, clip.rows[:, 0], rows, projections[clip.episodes])
-        carried = window.carried(shown, motion)
-        drawn = window.drawn(arrays.proprio[rows], projections[clip.episodes], shown.shape[-1])
-        alone = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+        carried = window.carried(shown, motion.to(device))
+        poses, projection = arrays.proprio[rows].to(device), projections[clip.episodes].to(device)
+        drawn = window.drawn(poses, projection, shown.shape[-1])
+        alone = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
         carried = torch.where(alone[:, None], reference[:, None], carried)
         drawn = torch.where(alone, 0.0, drawn)
-        pixels, reference, carried, drawn = (value.to(vae.device) for value in (pixels, reference, carried, drawn))
         latents = vae.encode(pixels)
         level = 0.2 * torch.rand(batch_size, 1, 1, 1, generator=generator) * latents.detach().std().cpu()
         noise = (level * torch.randn(latents.shape, generator=generator)).to(latents)
         decoded = vae.decode((latents + noise)[:, None], reference, carried[:, None], drawn[:, None])[:, 0]
-        loss = _pixel_loss(decoded, pixels, reference) + 1e-4 * latents.square().mean()
+        loss = pixel_loss(decoded, pixels, reference).mean() + 1e-4 * latents.square().mean()
         return loss, {"psnr": error_psnr(decoded - pixels)}
 
     return loss_fn
@@ -187,7 +188,7 @@ def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: Ima
             value.to(vae.device) for value in (pixels, reference, latents, carried, drawn)
         )
         decoded = vae.decode(latents[:, None], reference, carried[:, None], drawn[:, None])[:, 0]
-        return _pixel_loss(decoded, pixels, reference), {"psnr": error_psnr(decoded - pixels)}
+        return pixel_loss(decoded, pixels, reference).mean(), {"psnr": error_psnr(decoded - pixels)}
 
     return loss_fn
 
@@ -245,9 +246,7 @@ def transformer_loss(
             rows = clip.rows[:, present : present + chunk_frames + 1]
             clean = latents[rows[:, 1:]].float().to(device)
             condition = observed_condition(pipeline, arrays, holds, rows, projection, robot)
-            sigma = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, 1.0, generator=generator)
-            pure = torch.rand(batch_size, generator=generator) < 0.7
-            sigma = torch.where(pure, 1.0, sigma.clamp(min=0.02)).to(device)
+            sigma = noise_levels(batch_size, 0.7, generator).to(device)
             noise = torch.randn(clean.shape, generator=generator).to(device)
             level = sigma[:, None, None, None, None]
             sample = (1 - level) * clean + level * noise
@@ -258,15 +257,30 @@ def transformer_loss(
             carried = carry_latents(given, condition.motion, pipeline.vae.spatial_compression)
             velocity = transformer(sample, sigma, given, condition.scalars, condition.action_frames, carried)
             predicted = sample - level * velocity
-            moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
-            moved = moved.mean(2, keepdim=True)
-            weight = 1 + moving_weight * moved / moved.mean()
-            losses.append((weight * (predicted - clean).square()).mean())
+            losses.append(latent_error(predicted, clean, history, moving_weight).mean())
             history = advance_history(history, predicted.detach())
         logs = {f"loss_chunk_{chunk}": loss.item() for chunk, loss in enumerate(losses)}
         return torch.stack(losses).mean(), logs
 
     return loss_fn
+
+
+def noise_levels(count: int, pure: float, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels (count,) of training, in (0, 1]: a share `pure` of them is 1, so that one sampling step is good, the
+    others are logit-normal."""
+    sigma = compute_density_for_timestep_sampling("logit_normal", count, 0.0, 1.0, generator=generator)
+    return torch.where(torch.rand(count, generator=generator) < pure, 1.0, sigma.clamp(min=0.02))
+
+
+def latent_error(
+    predicted: torch.Tensor, clean: torch.Tensor, history: torch.Tensor, moving_weight: float
+) -> torch.Tensor:
+    """Squared error of each frame of chunks (B, F, C, h, w), (B, F). A place counts more, by `moving_weight` if it
+    changes as much as the mean, where the chunk differs from the first or the last frame of the history."""
+    moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
+    moved = moved.mean(2, keepdim=True)
+    weight = 1 + moving_weight * moved / moved.mean()
+    return (weight * (predicted - clean).square()).mean((2, 3, 4))
 
 
 def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
@@ -289,16 +303,16 @@ def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
     return 1 + 3 * near
 
 
-def _pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Squared error on pixels and L1 on their finite differences, (N, 3, H, W) each.
+def pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Squared error on pixels and L1 on their finite differences, of images (N, 3, H, W) each: (N,).
 
     Absolute error alone paints small bright objects in the grey of the floor, and the object is what a policy is judged
     by. What differs from the reference counts five times: the rest can be copied from it.
     """
     error = decoded - pixels
     weight = 1 + 4 * ((pixels - reference).abs().amax(1, keepdim=True) > 0.1)
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return 10 * (weight * error.square()).mean() + edges
+    edges = error.diff(dim=-1).abs().mean((1, 2, 3)) + error.diff(dim=-2).abs().mean((1, 2, 3))
+    return 10 * (weight * error.square()).mean((1, 2, 3)) + edges
 
 
 class _Window:

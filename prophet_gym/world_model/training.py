@@ -41,6 +41,7 @@ from prophet_gym.world_model.pipeline import (
 )
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
+from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 
 MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 """Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
@@ -434,6 +435,24 @@ def fit_video(
             finish = partial(fuse_lora, transformer, out / f"{name}-lora" if PartialState().is_main_process else None)
         validate = partial(_validate, pipeline, val_arrays, out, name)
         fit(name, part, loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
+
+
+def fit_video_rollouts(
+    pipeline: ProphetPipeline,
+    train_arrays: EpisodeArrays,
+    val_arrays: EpisodeArrays,
+    latents: torch.Tensor,
+    out: Path,
+    recipe: dict[str, Any],
+    seed: int,
+) -> None:
+    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`; arguments
+    as of `fit_video`."""
+    pipeline.vae.encoder.requires_grad_(False)  # the transformer's target
+    stage = dict(recipe["rollouts"])
+    loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
+    validate = partial(_validate, pipeline, val_arrays, out, "rollouts")
+    fit("rollouts", VideoModels.of(pipeline), loss_fn, out, seed=seed, validate=validate, **stage)
 
 
 def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:

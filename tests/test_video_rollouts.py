@@ -1,0 +1,155 @@
+"""Transformer and decoder on rollouts that last from step to step: what they go on from, what they learn, resuming."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_adapt import assert_same_weights, base, load, new_world  # noqa: F401
+from test_world_model import episodes
+
+from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.training import fit
+from prophet_gym.world_model import ProphetPipeline, adaptation
+from prophet_gym.world_model.adaptation import adapt
+from prophet_gym.world_model.imagination import encode_frames, episode_seeds, frame_rows, replay_episodes
+from prophet_gym.world_model.pipeline import frames_to_pixels
+from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
+
+
+def make(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int = 6, steps: int = 1) -> VideoRolloutLoss:
+    return VideoRolloutLoss(pipeline, arrays, encode_frames(pipeline.vae, arrays.frames), batch_size, steps)
+
+
+def step(loss_fn: VideoRolloutLoss, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The rollouts before and after a step."""
+    before = dict(loss_fn.state_dict())
+    with torch.no_grad():
+        loss_fn(number, torch.Generator().manual_seed(number))
+    return before, loss_fn.state_dict()
+
+
+def test_rollouts_go_on_from_what_they_showed_until_their_episode_is_over() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
+    loss_fn = make(pipeline, arrays)
+    step(loss_fn, 0)
+    went_on = began = 0
+    for number in range(1, 30):
+        before, after = step(loss_fn, number)
+        assert (after["time"] <= arrays.lengths[after["episodes"]] - 1).all()  # no frame of the next episode
+        over = before["time"] + pipeline.chunk_frames > arrays.lengths[before["episodes"]] - 1
+        assert torch.equal(after["episodes"][~over], before["episodes"][~over])
+        assert torch.equal(after["time"], torch.where(over, 0, before["time"]) + pipeline.chunk_frames)
+        kept = (after["history"][:, 1:-2] == before["history"][:, 3:]).flatten(1).all(1)
+        assert kept[~over].float().mean() > 0.5 or (~over).sum() < 3  # all but those that were told the truth
+        went_on, began = went_on + int((kept & ~over).sum()), began + int(over.sum())
+        shown = pipeline.vae.encode(after["latest"])
+        torch.testing.assert_close(after["history"][:, -1], shown)
+        first = pipeline.vae.encode(frames_to_pixels(arrays.first_frames[after["episodes"]]))
+        torch.testing.assert_close(after["history"][:, 0], first, rtol=0.01, atol=0.01)  # float16
+    assert went_on > 50 and began > 10
+
+
+def test_rollouts_are_told_the_true_past_in_the_beginning() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
+    loss_fn = make(pipeline, arrays, steps=10**9)
+    step(loss_fn, 0)
+    for number in range(1, 6):
+        before = loss_fn._begin_and_tell(number, torch.Generator().manual_seed(number))
+        now = arrays.starts[before["episodes"]] + before["time"]
+        assert torch.equal(before["latest"], frames_to_pixels(arrays.frames[now]))
+        assert torch.equal(before["history"][:, -1], loss_fn.latents[now].float())
+        assert torch.equal(before["history"][:, 0], loss_fn.latents[arrays.starts[before["episodes"]]].float())
+        step(loss_fn, number)
+
+
+def test_a_model_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The true velocity and the true picture, whatever the history: the target is the next chunk."""
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(3)
+    loss_fn = make(pipeline, arrays, batch_size=4)
+    truth: dict[str, torch.Tensor] = {}
+    begin = loss_fn._begin_and_tell
+
+    def remember(number: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        rollouts = begin(number, generator)
+        rows = (arrays.starts[rollouts["episodes"]] + rollouts["time"])[:, None] + torch.tensor([1, 2])
+        truth["latents"], truth["pixels"] = loss_fn.latents[rows].float(), frames_to_pixels(arrays.frames[rows])
+        return rollouts
+
+    def velocity(sample: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
+        return (sample - truth["latents"]) / sigma[:, None, None, None, None]
+
+    monkeypatch.setattr(loss_fn, "_begin_and_tell", remember)
+    monkeypatch.setattr(pipeline.transformer, "forward", velocity)
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *arguments: truth["pixels"])
+    for number in range(4):
+        loss, logs = loss_fn(number, torch.Generator().manual_seed(number))
+        assert loss.item() < 1e-6 and logs["psnr"] > 60
+
+
+def test_the_recipe_video_learns_the_video_and_leaves_the_motion(
+    base: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = {
+        "autoencoder": {"steps": 60, "batch_size": 8, "learning_rate": 5e-3, "ema_decay": 0.9},
+        "rollouts": {"steps": 60, "batch_size": 6, "learning_rate": 5e-3, "ema_decay": 0.9},
+    }
+    assert recipe.keys() == adaptation.RECIPES["video"].keys()
+    monkeypatch.setitem(adaptation.RECIPES, "video", recipe)
+    arrays, old = new_world(8), load(base)
+    adapted = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="video")
+    chosen = torch.arange(4)
+    real = arrays.frames[frame_rows(arrays, chosen, 2)].float()
+    errors = [
+        (replay_episodes(some, arrays, chosen, episode_seeds(chosen, 0))[0].float() - real).square().mean().item()
+        for some in (old, adapted)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    saved = load(tmp_path / "out" / "pipeline")
+    assert_same_weights(saved, adapted)
+    for key, value in saved.proprioception.members.state_dict().items():
+        assert torch.equal(value, old.proprioception.members.state_dict()[key])
+    again = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="video")
+    assert_same_weights(again, adapted)
+    with pytest.raises(ValueError, match="'video' has no use for adapters"):
+        adapt(load(base), arrays, arrays, tmp_path / "lora", recipe="video", lora_rank=4)
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    arrays, results = episodes(4), []
+    for name, kills in (("whole", False), ("killed", True)):
+        pipeline = ProphetPipeline.tiny_random()
+        pipeline.vae.encoder.requires_grad_(False)
+
+        def run(loss_fn: VideoRolloutLoss, pipeline: ProphetPipeline = pipeline, name: str = name) -> None:
+            fit(
+                "rollouts",
+                VideoModels.of(pipeline),
+                loss_fn,
+                tmp_path / name,
+                steps=12,
+                learning_rate=1e-3,
+                seed=0,
+                checkpoint_every=4,
+            )
+
+        if kills:
+
+            class Killed(VideoRolloutLoss):
+                def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+                    if step == 10:
+                        raise KeyboardInterrupt
+                    return super().__call__(step, generator)
+
+            latents = encode_frames(pipeline.vae, arrays.frames)
+            with pytest.raises(KeyboardInterrupt):
+                run(Killed(pipeline, arrays, latents, 4, 12))
+        run(make(pipeline, arrays, 4, 12))
+        results.append(pipeline)
+        run(make(pipeline, arrays, 4, 12))  # finished: reads what it wrote
+    assert_same_weights(*results)
+    assert not np.allclose(
+        results[0].vae.to_pixels[1].bias.detach(), ProphetPipeline.tiny_random().vae.to_pixels[1].bias.detach()
+    )
