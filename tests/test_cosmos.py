@@ -149,7 +149,7 @@ def test_one_step_of_every_stage_then_a_rollout(
     starts: str,  # noqa: F811
     rank: int | None,
 ) -> None:
-    for recipes, name in ((PRESETS, "cosmos-2b"), (RECIPES, "adapt")):
+    for recipes, name in ((PRESETS, "cosmos-2b"), (RECIPES, "adapt"), (RECIPES, "video")):
         short = {
             stage: arguments if stage == "models" else arguments | {"steps": 1, "batch_size": 2}
             for stage, arguments in recipes[name].items()
@@ -160,6 +160,11 @@ def test_one_step_of_every_stage_then_a_rollout(
     transformer = pipeline.transformer
     assert transformer.condition_embed.proj.weight.any() and transformer.action_embed.to_adaln.bias.any()
     assert transformer.buffer_frames == 21 and transformer.transformer_blocks[0].attn2.to_out[0].weight.any()
+    if rank is None:  # transformer and decoder together; the autoencoder's own stage is not for this one
+        before = pipeline.vae.decoder.conv_in.weight.clone(), pipeline.vae.encoder.conv_in.weight.clone()
+        pipeline = adapt(pipeline, *data, tmp_path / "video", recipe="video")
+        assert not torch.equal(pipeline.vae.decoder.conv_in.weight, before[0])
+        assert torch.equal(pipeline.vae.encoder.conv_in.weight, before[1])
     pipeline = adapt(pipeline, *data, tmp_path / "adapt", lora_rank=rank)
     loaded = ProphetPipeline.from_pretrained(tmp_path / "adapt" / "pipeline")
     assert type(loaded.vae) is ProphetCosmosAutoencoder and type(loaded.transformer) is ProphetCosmosTransformer3DModel

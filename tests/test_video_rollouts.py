@@ -1,5 +1,6 @@
 """Transformer and decoder on rollouts that last from step to step: what they go on from, what they learn, resuming."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_rollouts_go_on_from_what_they_showed_until_their_episode_is_over() -> N
         first = pipeline.vae.encode(frames_to_pixels(arrays.first_frames[after["episodes"]]))
         torch.testing.assert_close(after["history"][:, 0], first, rtol=0.01, atol=0.01)  # float16
     assert went_on > 50 and began > 10
+
+
+def test_episodes_without_a_whole_chunk_are_left_out() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
+    short = arrays.lengths.clone()
+    short[[0, 3]] = pipeline.chunk_frames
+    loss_fn = make(pipeline, replace(arrays, lengths=short))
+    for number in range(12):
+        _, after = step(loss_fn, number)
+        assert not torch.isin(after["episodes"], torch.tensor([0, 3])).any()
 
 
 def test_rollouts_are_told_the_true_past_in_the_beginning() -> None:

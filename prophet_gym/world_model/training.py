@@ -368,13 +368,13 @@ def fit_autoencoder(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
 ) -> torch.Tensor:
     """The stage of the autoencoder, as `fit_proprioception`, if the recipe has one; the mean and scale of its latents
-    become part of it.
+    become part of it. Cosmos's stays as it was pretrained.
 
     Returns:
         float16 (N, C, h, w), all frames of `arrays` encoded.
     """
     vae = pipeline.vae
-    if "autoencoder" not in recipe:
+    if "autoencoder" not in recipe or isinstance(vae, ProphetCosmosAutoencoder):
         return encode_frames(vae, arrays.frames)
     stage = dict(recipe["autoencoder"])
     projections = pipeline.projection(arrays.suites)

@@ -58,7 +58,9 @@ class VideoModels(ModelMixin, ConfigMixin):
         """Those of a pipeline."""
         parts = {"vae": pipeline.vae, "transformer": pipeline.transformer}
         configs = {
-            f"{name}_config": {**part.config, "_class_name": type(part).__name__} for name, part in parts.items()
+            f"{name}_config": {key: value for key, value in part.config.items() if not key.startswith("_")}
+            | {"_class_name": type(part).__name__}
+            for name, part in parts.items()
         }
         with torch.device("meta"):
             models = cls(**configs)
@@ -91,7 +93,8 @@ class VideoRolloutLoss:
     ) -> None:
         self.pipeline, self.arrays, self.latents = pipeline, arrays, latents
         self.batch_size, self.steps = batch_size, steps
-        self._weights, self._holds = suite_weights(arrays), track_holds(arrays)
+        self._weights = suite_weights(arrays) * (arrays.lengths > pipeline.chunk_frames)  # a whole chunk, or not drawn
+        self._holds = track_holds(arrays)
         contact = contact_weights(arrays)
         self._contact = contact / contact.mean()
         self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
