@@ -13,6 +13,7 @@ from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
+from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.imagination import encode_frames, episode_seeds, frame_rows, replay_episodes
 from prophet_gym.world_model.pipeline import frames_to_pixels
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
@@ -122,17 +123,36 @@ def test_the_recipe_video_learns_the_video_and_leaves_the_motion(
     assert_same_weights(saved, adapted)
     for key, value in saved.proprioception.members.state_dict().items():
         assert torch.equal(value, old.proprioception.members.state_dict()[key])
+    first = ProphetAutoencoder.from_pretrained(tmp_path / "out" / "autoencoder").state_dict()
+    for key, value in saved.vae.state_dict().items():
+        if key.startswith("encoder"):
+            assert torch.equal(value, first[key])
+    assert not torch.equal(saved.vae.to_pixels[1].weight, first["to_pixels.1.weight"])
+    assert not torch.equal(saved.transformer.video_out.weight, old.transformer.video_out.weight)
     again = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="video")
     assert_same_weights(again, adapted)
     with pytest.raises(ValueError, match="'video' has no use for adapters"):
         adapt(load(base), arrays, arrays, tmp_path / "lora", recipe="video", lora_rank=4)
+    others = replace(arrays, records=tuple(replace(record, robot="sawyer") for record in arrays.records))
+    with pytest.raises(ValueError, match=r"does not know \['sawyer'\]"):
+        adapt(load(base), others, others, tmp_path / "new", recipe="video")
+
+
+def test_what_overflowed_is_not_carried_on() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
+    loss_fn = make(pipeline, arrays)
+    step(loss_fn, 0)
+    loss_fn.state_dict()["history"][2, -1] = float("nan")
+    loss_fn.state_dict()["latest"][2] = float("nan")
+    with torch.no_grad():
+        loss, _ = loss_fn(1, torch.Generator().manual_seed(1))
+    assert loss.isfinite()
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     arrays, results = episodes(4), []
     for name, kills in (("whole", False), ("killed", True)):
         pipeline = ProphetPipeline.tiny_random()
-        pipeline.vae.encoder.requires_grad_(False)
 
         def run(loss_fn: VideoRolloutLoss, pipeline: ProphetPipeline = pipeline, name: str = name) -> None:
             fit(
@@ -159,7 +179,11 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
                 run(Killed(pipeline, arrays, latents, 4, 12))
         run(make(pipeline, arrays, 4, 12))
         results.append(pipeline)
-        run(make(pipeline, arrays, 4, 12))  # finished: reads what it wrote
+        fresh = ProphetPipeline.tiny_random(seed=1)  # finished: it reads what was written
+        run(make(fresh, arrays, 4, 12), fresh)
+        for part in ("vae", "transformer"):
+            for key, value in getattr(fresh, part).state_dict().items():
+                assert torch.equal(value, getattr(pipeline, part).state_dict()[key])
     assert_same_weights(*results)
     assert not np.allclose(
         results[0].vae.to_pixels[1].bias.detach(), ProphetPipeline.tiny_random().vae.to_pixels[1].bias.detach()

@@ -77,7 +77,7 @@ def adapt(
     """Go on training a pipeline on other episodes and save it to `out / pipeline`; run again after a kill to resume.
 
     The stages are those of `train`, and the statistics of known robots stay. The encoder stays too, for the transformer
-    knows its latents, unless the recipe says otherwise. A new robot takes a free slot.
+    knows its latents, unless the recipe says otherwise. A new robot takes a free slot, where the proprioception learns.
     It may run in several processes, as `train` may.
 
     Args:
@@ -136,6 +136,12 @@ def adapt(
     )
     if finished is not None:
         return finished
+    new = {record.robot for record in train_arrays.records} - {name for name, _ in pipeline.config.robots}
+    if new and "proprioception" not in RECIPES[recipe]:
+        raise ValueError(
+            f"The recipe {recipe!r} does not train the proprioception, and the pipeline does not know {sorted(new)}: "
+            "adapt it to these robots first."
+        )
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     set_robots(pipeline, train_arrays)

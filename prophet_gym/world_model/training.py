@@ -1,5 +1,5 @@
 """Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, the decoder on what the
-transformer imagines, and the transformer again on its own history; each stage can be resumed."""
+transformer imagines, and the transformer again on its own history, or both on rollouts; each stage can be resumed."""
 
 import os
 from collections.abc import Sequence
@@ -448,7 +448,6 @@ def fit_video_rollouts(
 ) -> None:
     """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`; arguments
     as of `fit_video`."""
-    pipeline.vae.encoder.requires_grad_(False)  # the transformer's target
     stage = dict(recipe["rollouts"])
     loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
     validate = partial(_validate, pipeline, val_arrays, out, "rollouts")

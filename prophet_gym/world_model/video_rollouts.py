@@ -80,6 +80,9 @@ class VideoRolloutLoss:
     more rarely in the first fifth of the training, and `TOLD` from then on (scheduled sampling, Bengio et al. 2015,
     arXiv 1506.03099).
 
+    A fifth of the chunks is predicted from a sample that is not pure noise and so knows a part of the truth; what is
+    made of these is carried on like the others.
+
     Suites with few episodes are drawn more often than their share, see `suite_weights`, and chunks where fingers move
     count more, see `contact_weights`. Where the rollouts are is part of a run's checkpoint, see `fit`.
 
@@ -154,11 +157,11 @@ class VideoRolloutLoss:
             over = before["time"] + chunk_frames > arrays.lengths[before["episodes"]] - 1
             episodes = torch.where(over, episodes, before["episodes"])
             time = torch.where(over, 0, before["time"])
-            told |= over
+            finite = before["history"][:, -1].isfinite().flatten(1).all(dim=1).cpu()
+            told |= over | ~finite  # one batch may overflow; what comes after it must not
         else:  # anywhere in their episodes, so that they do not all begin anew at once
             chunks = (arrays.lengths[episodes] - 1) // chunk_frames
             time = (uniform[1] * chunks).long() * chunk_frames
-            told = torch.ones_like(told)
         first, now = arrays.starts[episodes], arrays.starts[episodes] + time
         recent = self.pipeline.transformer.buffer_frames - 1
         past = torch.cat([first[:, None], (now[:, None] + torch.arange(1 - recent, 1)).maximum(first[:, None])], dim=1)
