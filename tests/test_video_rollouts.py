@@ -71,7 +71,9 @@ def test_rollouts_are_told_the_true_past_in_the_beginning() -> None:
         now = arrays.starts[before["episodes"]] + before["time"]
         assert torch.equal(before["latest"], frames_to_pixels(arrays.frames[now]))
         assert torch.equal(before["history"][:, -1], loss_fn.latents[now].float())
-        assert torch.equal(before["history"][:, 0], loss_fn.latents[arrays.starts[before["episodes"]]].float())
+        first = arrays.starts[before["episodes"]]
+        assert torch.equal(before["history"][:, 0], loss_fn.latents[first].float())
+        assert torch.equal(before["history"][:, -2], loss_fn.latents[(now - 1).maximum(first)].float())  # padded left
         step(loss_fn, number)
 
 

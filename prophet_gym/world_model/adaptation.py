@@ -12,12 +12,12 @@ from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
     MEMORY,
+    STAGES,
     check_validation,
     finished_pipeline,
     fit_autoencoder,
     fit_proprioception,
     fit_video,
-    fit_video_rollouts,
     save_pipeline,
     set_robots,
 )
@@ -58,7 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "transformer-own-history": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
     },
 }
-"""Steps of the stages of `prophet_gym.world_model.training.PRESETS`."""
+"""Stages and their steps, as in `prophet_gym.world_model.training.PRESETS`."""
 
 
 def adapt(
@@ -76,8 +76,9 @@ def adapt(
 ) -> ProphetPipeline:
     """Go on training a pipeline on other episodes and save it to `out / pipeline`; run again after a kill to resume.
 
-    The stages are those of `train`, and the statistics of known robots stay. The encoder stays too, for the transformer
-    knows its latents, unless the recipe says otherwise. A new robot takes a free slot, where the proprioception learns.
+    The stages are those of `train` that the recipe has, and the statistics of known robots stay. The encoder stays too,
+    for the transformer knows its latents, unless the recipe says otherwise. A new robot takes a free slot, where the
+    proprioception learns.
     It may run in several processes, as `train` may.
 
     Args:
@@ -111,7 +112,7 @@ def adapt(
     if num_members is not None and not RECIPES[recipe].get("anew"):
         raise ValueError(f"The recipe {recipe!r} keeps the members of the proprioception: leave num_members out.")
     out = Path(out)
-    has_video = not {"transformer", "rollouts"}.isdisjoint(RECIPES[recipe])
+    has_video = not RECIPES[recipe].keys().isdisjoint(STAGES)
     expected = {
         "frames" if has_video else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
         "proprio": (pipeline.proprioception.proprio_dim,),
@@ -157,9 +158,6 @@ def adapt(
         fit_proprioception(pipeline, train_arrays, out, stages, seed)
     if has_video:
         latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
-    if "transformer" in stages:
         fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
-    if "rollouts" in stages:
-        fit_video_rollouts(pipeline, train_arrays, val_arrays, latents, out, stages, seed)
     save_pipeline(pipeline, out)
     return pipeline

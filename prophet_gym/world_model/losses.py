@@ -21,21 +21,64 @@ GRIP = 0.002
 """Scale of the fingers' opening on which an empty hand (about 1 mm) differs from one round a rim (4 mm), metres."""
 
 
-class ProprioceptionLoss:
+class ReplayLoss:
+    """What losses have in common on rollouts that last: `batch_size` robots replay recorded episodes, and each step of
+    the training takes them further from where the last one left them. One whose episode is over begins another.
+
+    Where the robots are is part of a run's checkpoint, see `fit`.
+
+    Args:
+        weights: float (E,), how often each episode of `arrays` is drawn.
+    """
+
+    def __init__(
+        self, pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size: int, weights: torch.Tensor
+    ) -> None:
+        self.arrays, self.batch_size, self._weights = arrays, batch_size, weights
+        self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
+        # Where each robot is: its episode, the frame in it, and what it carries on. Empty before the first step.
+        self._rollouts: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Where the robots are; empty before the first step."""
+        return self._rollouts
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        self._rollouts = state
+
+    def _draw(self, generator: torch.Generator) -> torch.Tensor:
+        """Episodes to begin, int64 (B,)."""
+        return torch.multinomial(self._weights, self.batch_size, replacement=True, generator=generator)
+
+    def _go_on(
+        self, drawn: torch.Tensor, uniform: torch.Tensor, stride: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where each robot goes on: its episode and the frame in it, int64 (B,), and whether it begins there, bool.
+
+        Args:
+            drawn: int64 (B,), the episodes that take the place of those that have less than `stride` frames left.
+            uniform: (B,) in [0, 1): before the first step, where in them; so that they do not all begin anew at once.
+        """
+        if not (before := self._rollouts):
+            time = (uniform * ((self.arrays.lengths[drawn] - 1) // stride)).long() * stride
+            return drawn, time, torch.ones_like(drawn, dtype=torch.bool)
+        over = before["time"] + stride > self.arrays.lengths[before["episodes"]] - 1
+        return torch.where(over, drawn, before["episodes"]), torch.where(over, 0, before["time"]), over
+
+
+class ProprioceptionLoss(ReplayLoss):
     """Error of one member of the proprioception on its own rollouts, in units of one frame's usual change, and of the
     fingers' opening on a logarithmic scale: whether a closed hand is empty decides an episode.
 
-    Truncated backpropagation through time: `batch_size` robots replay recorded episodes, each step takes all of them
-    `frames` frames further from where the last one left them, and one whose episode is over begins another. Before a
-    step a robot may be told its true proprioception, while its velocity and memory stay its own: always in the
+    Truncated backpropagation through time: each step takes the robots `frames` frames further, see `ReplayLoss`. Before
+    a step a robot may be told its true proprioception, while its velocity and memory stay its own: always in the
     beginning, ever more rarely until four fifths of the training (scheduled sampling, Bengio et al. 2015, arXiv
     1506.03099). What a contact does is learned where it happens, and not where a bad estimate believes it to be.
 
     Suites with few episodes are drawn more often than their share, see `suite_weights`. Each member learns from all
     folds of the episodes but its own, see `episode_folds` (from all, if there are no others): the members differ, and
     every episode can be imagined by one that has not learned from it.
-
-    Where the robots are is part of a run's checkpoint, see `fit`.
 
     Args:
         steps: length of the training, for the schedule.
@@ -50,21 +93,9 @@ class ProprioceptionLoss:
         frames: int = 4,
         member: int = 0,
     ) -> None:
-        self.model, self.arrays = pipeline.proprioception.member(member), arrays
-        self.batch_size, self.steps, self.frames = batch_size, steps, frames
         others = episode_folds(arrays, pipeline.num_members) != member
-        self._weights = (others | ~others.any()) * suite_weights(arrays)
-        self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
-        # Where each robot is: its episode, the frame in it, how bright its picture is, the state that it believes in.
-        self._rollouts: dict[str, torch.Tensor] = {}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Where the robots are; empty before the first step."""
-        return self._rollouts
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from there."""
-        self._rollouts = state
+        super().__init__(pipeline, arrays, batch_size, (others | ~others.any()) * suite_weights(arrays))
+        self.model, self.steps, self.frames = pipeline.proprioception.member(member), steps, frames
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         model, arrays, device = self.model, self.arrays, self.model.device
@@ -89,23 +120,18 @@ class ProprioceptionLoss:
         return torch.cat(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
     def _begin_and_tell(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The rollouts, with new episodes in place of those that are over, and the truth for those that are told it."""
+        """The rollouts, with new episodes in place of those that are over, and the truth for those that are told it;
+        with how bright their pictures are, and the states that they believe in."""
         arrays, count, device = self.arrays, self.batch_size, self.model.device
-        episodes = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        drawn = self._draw(generator)
         gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
         uniform = torch.rand(2, count, generator=generator)
-        told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
+        episodes, time, begins = self._go_on(drawn, uniform[1], stride=1)
+        told = begins | (uniform[0] < max(0.02, 1 - 1.2 * step / self.steps))
+        state = torch.zeros(count, self.model.state_dim, device=device)
         if before := self._rollouts:
-            over = before["time"] >= arrays.lengths[before["episodes"]] - 1
-            episodes = torch.where(over, episodes, before["episodes"])
-            time = torch.where(over, 0, before["time"])
-            gain = torch.where(over[:, None, None, None], gain, before["gain"])
-            state = torch.where(over[:, None].to(device), 0.0, before["state"].to(device))
-            told |= over
-        else:  # anywhere in their episodes, so that they do not all begin anew at once
-            time = (uniform[1] * (arrays.lengths[episodes] - 1)).long()
-            state = torch.zeros(count, self.model.state_dim, device=device)
-            told = torch.ones_like(told)
+            gain = torch.where(begins[:, None, None, None], gain, before["gain"])
+            state = torch.where(begins[:, None].to(device), state, before["state"].to(device))
         true = arrays.proprio[arrays.starts[episodes] + time].to(device)
         believed, rest = state.tensor_split([true.shape[1]], dim=1)
         believed = torch.where(told[:, None].to(device), true, believed)

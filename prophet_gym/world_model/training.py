@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from prophet_gym.data.clips import EpisodeArrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.run_folder import claim
-from prophet_gym.training import fit
+from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.imagination import (
@@ -46,9 +46,10 @@ from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 """Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
 
-STAGES = ("transformer", "decoder", "transformer-own-history")
-"""After the autoencoder. The last one is against drift: the history is what the first two imagine. The decoder must not
-follow once more: the transformer has learned to go on from this one's frames (measured: 0.3 dB lost)."""
+STAGES = ("transformer", "decoder", "transformer-own-history", "rollouts")
+"""After the autoencoder, those that a recipe has: the last one or the others. The third one is against drift: the
+history is what the first two imagine. The decoder must not follow once more: the transformer has learned to go on from
+this one's frames (measured: 0.3 dB lost)."""
 
 IMAGINED_EPISODES = 1000
 """At most so many training episodes are imagined for a stage, other ones each time."""
@@ -397,7 +398,7 @@ def fit_video(
     seed: int,
     lora_rank: int | None = None,
 ) -> None:
-    """`STAGES`: transformer and decoder, whose weights change in place.
+    """`STAGES`, those that the recipe has: transformer and decoder, whose weights change in place.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
@@ -405,8 +406,7 @@ def fit_video(
         lora_rank: if given, the transformer learns in low-rank adapters, which are fused after each stage.
     """
     vae, transformer = pipeline.vae, pipeline.transformer
-    vae.encoder.requires_grad_(False)  # from here on the transformer knows its latents
-    for number, name in enumerate(STAGES):
+    for number, name in enumerate(name for name in STAGES if name in recipe):
         stage = dict(recipe[name])
         batch_size, max_chunks = stage.pop("batch_size"), stage.pop("max_chunks", 2)
         done = (out / name).exists()
@@ -416,9 +416,12 @@ def fit_video(
             some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + number)
             own_latents = latents[rows]
             imagined = imagine_training_episodes(pipeline, some, own_latents, seed + number)
-        part: ModelMixin = vae if name.startswith("decoder") else transformer
+        part: ModelMixin = vae if name == "decoder" else transformer
         finish = None
-        if part is vae and imagined is not None:
+        if name == "rollouts":
+            part = VideoModels.of(pipeline)
+            loss_fn: LossFn = VideoRolloutLoss(pipeline, some, own_latents, batch_size, stage["steps"])
+        elif part is vae and imagined is not None:
             loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
         else:
             loss_fn = transformer_loss(
@@ -435,23 +438,6 @@ def fit_video(
             finish = partial(fuse_lora, transformer, out / f"{name}-lora" if PartialState().is_main_process else None)
         validate = partial(_validate, pipeline, val_arrays, out, name)
         fit(name, part, loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
-
-
-def fit_video_rollouts(
-    pipeline: ProphetPipeline,
-    train_arrays: EpisodeArrays,
-    val_arrays: EpisodeArrays,
-    latents: torch.Tensor,
-    out: Path,
-    recipe: dict[str, Any],
-    seed: int,
-) -> None:
-    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`; arguments
-    as of `fit_video`."""
-    stage = dict(recipe["rollouts"])
-    loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
-    validate = partial(_validate, pipeline, val_arrays, out, "rollouts")
-    fit("rollouts", VideoModels.of(pipeline), loss_fn, out, seed=seed, validate=validate, **stage)
 
 
 def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:

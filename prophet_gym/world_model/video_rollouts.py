@@ -13,6 +13,7 @@ from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosm
 from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import observed_condition, track_holds
 from prophet_gym.world_model.losses import (
+    ReplayLoss,
     contact_weights,
     error_psnr,
     latent_error,
@@ -69,22 +70,21 @@ class VideoModels(ModelMixin, ConfigMixin):
         return models
 
 
-class VideoRolloutLoss:
+class VideoRolloutLoss(ReplayLoss):
     """Error of transformer and decoder on their own rollouts, in latents and in pixels.
 
-    `batch_size` recorded episodes are replayed given the true proprioception, and each step imagines the next chunk of
-    all of them: from the latents of what was shown before, encoded again, and from the picture shown last, without
-    gradient. So the models learn at every step to go on from what they make now of the past, however long ago an
-    episode began, and the decoder learns together with the transformer whose latents it gets. An episode that is over
-    makes room for another. Before a step a rollout may be told the true past instead: always in the beginning, ever
-    more rarely in the first fifth of the training, and `TOLD` from then on (scheduled sampling, Bengio et al. 2015,
-    arXiv 1506.03099).
+    Recorded episodes are replayed given the true proprioception, see `ReplayLoss`, and each step imagines the next
+    chunk of all of them: from the latents of what was shown before, encoded again, and from the picture shown last,
+    without gradient. So the models learn at every step to go on from what they make now of the past, however long ago
+    an episode began, and the decoder learns together with the transformer whose latents it gets. Before a step a
+    rollout may be told the true past instead: always in the beginning, ever more rarely in the first fifth of the
+    training, and `TOLD` from then on (scheduled sampling, Bengio et al. 2015, arXiv 1506.03099).
 
     A fifth of the chunks is predicted from a sample that is not pure noise and so knows a part of the truth; what is
     made of these is carried on like the others.
 
     Suites with few episodes are drawn more often than their share, see `suite_weights`, and chunks where fingers move
-    count more, see `contact_weights`. Where the rollouts are is part of a run's checkpoint, see `fit`.
+    count more, see `contact_weights`.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
@@ -94,23 +94,12 @@ class VideoRolloutLoss:
     def __init__(
         self, pipeline: ProphetPipeline, arrays: EpisodeArrays, latents: torch.Tensor, batch_size: int, steps: int
     ) -> None:
-        self.pipeline, self.arrays, self.latents = pipeline, arrays, latents
-        self.batch_size, self.steps = batch_size, steps
-        self._weights = suite_weights(arrays) * (arrays.lengths > pipeline.chunk_frames)  # a whole chunk, or not drawn
+        whole = arrays.lengths > pipeline.chunk_frames  # an episode without a whole chunk is not drawn
+        super().__init__(pipeline, arrays, batch_size, whole * suite_weights(arrays))
+        self.pipeline, self.latents, self.steps = pipeline, latents, steps
         self._holds = track_holds(arrays)
         contact = contact_weights(arrays)
         self._contact = contact / contact.mean()
-        self._projections, self._robots = pipeline.projection(arrays.suites), pipeline.robot(arrays.suites)
-        # Where each rollout is: its episode, the frame in it, its history of latents, the picture shown last.
-        self._rollouts: dict[str, torch.Tensor] = {}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Where the rollouts are; empty before the first step."""
-        return self._rollouts
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from there."""
-        self._rollouts = state
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         pipeline, arrays, device = self.pipeline, self.arrays, self.pipeline.device
@@ -148,26 +137,18 @@ class VideoRolloutLoss:
 
     def _begin_and_tell(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The rollouts, with new episodes in place of those that are over, and the true past for those that are told
-        it."""
-        arrays, count, chunk_frames = self.arrays, self.batch_size, self.pipeline.chunk_frames
-        episodes = torch.multinomial(self._weights, count, replacement=True, generator=generator)
-        uniform = torch.rand(2, count, generator=generator)
-        told = uniform[0] < max(TOLD, 1 - 5 * step / self.steps)
-        if before := self._rollouts:
-            over = before["time"] + chunk_frames > arrays.lengths[before["episodes"]] - 1
-            episodes = torch.where(over, episodes, before["episodes"])
-            time = torch.where(over, 0, before["time"])
-            finite = before["history"][:, -1].isfinite().flatten(1).all(dim=1).cpu()
-            told |= over | ~finite  # one batch may overflow; what comes after it must not
-        else:  # anywhere in their episodes, so that they do not all begin anew at once
-            chunks = (arrays.lengths[episodes] - 1) // chunk_frames
-            time = (uniform[1] * chunks).long() * chunk_frames
-        first, now = arrays.starts[episodes], arrays.starts[episodes] + time
+        it; with their histories of latents, and the pictures shown last."""
+        drawn = self._draw(generator)
+        uniform = torch.rand(2, self.batch_size, generator=generator)
+        episodes, time, begins = self._go_on(drawn, uniform[1], self.pipeline.chunk_frames)
+        told = begins | (uniform[0] < max(TOLD, 1 - 5 * step / self.steps))
+        first, now = self.arrays.starts[episodes], self.arrays.starts[episodes] + time
         recent = self.pipeline.transformer.buffer_frames - 1
         past = torch.cat([first[:, None], (now[:, None] + torch.arange(1 - recent, 1)).maximum(first[:, None])], dim=1)
         history, latest = self.latents[past].to(self.pipeline.device).float(), self._pixels(now)
-        if before:
+        if before := self._rollouts:
             told = told.to(self.pipeline.device)
+            told |= ~before["history"][:, -1].isfinite().flatten(1).all(dim=1).to(told.device)  # overflows are not kept
             history = torch.where(told[:, None, None, None, None], history, before["history"].to(history))
             latest = torch.where(told[:, None, None, None], latest, before["latest"].to(latest))
         return {"episodes": episodes, "time": time, "history": history, "latest": latest}
