@@ -63,7 +63,7 @@ def main() -> None:
     train_arrays, validation, test = (
         load_arrays(datasets, split, num_arms=base.num_arms) for split in ("train", "val", "test")
     )
-    episodes, _ = subset(train_arrays, arguments.episodes, arguments.seed)
+    episodes = subset(train_arrays, arguments.episodes, arguments.seed)
     held_out = concatenate([validation, test])
 
     unadapted = copy.copy(base)

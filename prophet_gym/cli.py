@@ -41,7 +41,7 @@ def _train(arguments: argparse.Namespace) -> None:
     datasets = [EpisodeDataset(path) for path in arguments.data]
     episodes = load_arrays(datasets, "train")
     if arguments.episodes is not None:
-        episodes, _ = subset(episodes, arguments.episodes, arguments.seed)
+        episodes = subset(episodes, arguments.episodes, arguments.seed)
     train(
         episodes,
         load_arrays(datasets, "val"),
@@ -74,7 +74,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
     train = load("train")
     adapt(
         pipeline,
-        train if episodes is None else subset(train, episodes, arguments.seed)[0],
+        train if episodes is None else subset(train, episodes, arguments.seed),
         load("val"),
         arguments.out,
         recipe=arguments.recipe,

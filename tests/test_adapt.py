@@ -17,12 +17,12 @@ from prophet_gym.cli import main
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
-from prophet_gym.training import LossFn
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import encode_frames
-from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss, transformer_loss
+from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss
 from prophet_gym.world_model.training import train
+from prophet_gym.world_model.video_rollouts import VideoRolloutLoss
 
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
 LORA = pytest.param(4, marks=pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra `lora`"))
@@ -57,7 +57,7 @@ def losses(pipeline: ProphetPipeline) -> dict[str, float]:
     latents = encode_frames(pipeline.vae, arrays.frames)
     every = {
         "proprioception": ProprioceptionLoss(pipeline, arrays, 16, 1),
-        "transformer": transformer_loss(pipeline, arrays, latents, batch_size=8, steps=10**9),
+        "rollouts": VideoRolloutLoss(pipeline, arrays, latents, batch_size=8, steps=10**9),
     }
     return {
         name: float(np.mean([loss(0, torch.Generator().manual_seed(k))[0].item() for k in range(4)]))
@@ -202,27 +202,17 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
     run = partial(adapt, train_arrays=new_world(4), val_arrays=new_world(2, seed=1), recipe="debug", lora_rank=rank)
     whole = run(load(base), out=tmp_path / "whole")
 
-    def killed_at(name: str, last: int) -> None:
-        make = getattr(stages, name)
-
-        def make_killed(*args: object, **arguments: object) -> LossFn:
-            loss_fn = make(*args, **arguments)
-
-            def killed(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-                if step == last:
-                    raise KeyboardInterrupt
-                return loss_fn(step, generator)
-
-            return killed
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(stages, name, make_killed)
-            run(load(base), out=tmp_path / "killed")
+    class Killed(VideoRolloutLoss):
+        def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+            if step == 8:
+                raise KeyboardInterrupt
+            return super().__call__(step, generator)
 
     torch.manual_seed(0)
-    killed_at("transformer_loss", 8)
-    assert (tmp_path / "killed" / "checkpoints" / "transformer").is_dir()
-    killed_at("decoder_loss", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "VideoRolloutLoss", Killed)
+        run(load(base), out=tmp_path / "killed")
+    assert (tmp_path / "killed" / "checkpoints" / "rollouts").is_dir()
     assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
 
 
@@ -231,15 +221,14 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
 def test_the_saved_adapters_are_what_was_fused(base: Path, tmp_path: Path, rank: int) -> None:
     adapted = adapt(load(base), new_world(2), new_world(1), tmp_path / "out", recipe="debug", lora_rank=rank)
     by_hand = load(base)
-    for name in ("transformer", "transformer-own-history"):
-        by_hand.transformer.load_lora_adapter(
-            tmp_path / "out" / f"{name}-lora",
-            prefix=None,
-            weight_name="pytorch_lora_weights.safetensors",
-            use_safetensors=True,
-        )
-        by_hand.transformer.fuse_lora()
-        by_hand.transformer.unload_lora()
+    by_hand.transformer.load_lora_adapter(
+        tmp_path / "out" / "rollouts-lora",
+        prefix=None,
+        weight_name="pytorch_lora_weights.safetensors",
+        use_safetensors=True,
+    )
+    by_hand.transformer.fuse_lora()
+    by_hand.transformer.unload_lora()
     by_hand.vae, by_hand.proprioception = adapted.vae, adapted.proprioception
     assert_same_weights(adapted, by_hand, atol=1e-6)
     start, proprio, actions = new_world(2).frames[:2], torch.zeros(2, 8), torch.ones(2, 8, 7)

@@ -702,40 +702,38 @@ def fake_arrays(lengths: list[int]) -> EpisodeArrays:
 @settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(2, 9), min_size=1, max_size=5),
-    history=st.integers(1, 5),
     horizon=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
-def test_windows_stay_in_their_episode(lengths: list[int], history: int, horizon: int, seed: int) -> None:
+def test_windows_stay_in_their_episode(lengths: list[int], horizon: int, seed: int) -> None:
     arrays = fake_arrays(lengths)
     expected = {}  # every window there is, by the slow definition
     for episode, (start, length) in enumerate(zip(arrays.starts.tolist(), lengths, strict=True)):
         for present in range(length - horizon):
-            offsets = range(present - history + 1, present + horizon + 1)
-            expected[tuple(start + max(offset, 0) for offset in offsets)] = (start, episode)
+            expected[tuple(range(start + present, start + present + horizon + 1))] = (start, episode)
     generator = torch.Generator().manual_seed(seed)
     if not expected:
         with pytest.raises(ValueError, match="No episode has more than"):
-            ClipSampler(arrays, history, horizon, 8)
+            ClipSampler(arrays, horizon, 8)
         return
-    sampler = ClipSampler(arrays, history, horizon, 400)
+    sampler = ClipSampler(arrays, horizon, 400)
     assert sampler.num_windows == len(expected)
     clip = sampler.draw(generator)
-    assert clip.rows.shape == (400, history + horizon)
+    assert clip.rows.shape == (400, 1 + horizon)
     drawn = [tuple(row) for row in clip.rows.tolist()]
     assert set(drawn) <= set(expected)
     assert [expected[row] for row in drawn] == list(zip(clip.first_rows.tolist(), clip.episodes.tolist(), strict=True))
 
 
 def test_windows_are_drawn_uniformly() -> None:
-    sampler = ClipSampler(fake_arrays([3, 2, 12]), 2, 2, 60_000)
-    present = sampler.draw(torch.Generator().manual_seed(0)).rows[:, 1]
+    sampler = ClipSampler(fake_arrays([3, 2, 12]), 2, 60_000)
+    present = sampler.draw(torch.Generator().manual_seed(0)).rows[:, 0]
     counts = torch.bincount(present, minlength=17)
     assert counts[counts > 0].numel() == sampler.num_windows == 11
     assert (counts[counts > 0] / 60_000 - 1 / 11).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("numbers", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_sampler_refuses_sizes(numbers: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0)])
+def test_sampler_refuses_sizes(numbers: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be >= 1, got 0"):
         ClipSampler(fake_arrays([5]), *numbers)

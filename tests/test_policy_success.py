@@ -1,9 +1,13 @@
 """Success rates and their intervals."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from prophet_gym.evaluation.policy_success import Rollouts
+from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_prophet, starts_of
+from prophet_gym.world_model import ProphetPipeline
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,54 @@ def test_wilsons_interval(solved: int, episodes: int, low: float, high: float) -
     assert rollouts.interval == pytest.approx((low, high), abs=5e-4)
     assert 0 <= rollouts.interval[0] <= rollouts.rate <= rollouts.interval[1] <= 1
     assert "-0" not in str(rollouts)
+
+
+class Ramp:
+    """A judge whose probability rises by 0.1 a chunk; it begins at 0.25 in other tasks than the first one."""
+
+    threshold, motion_threshold = 0.9, 0.9
+
+    def score(
+        self,
+        frames: NDArray[np.uint8] | None,
+        proprio: NDArray[np.float32],
+        lengths: NDArray[np.int64],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        first = instructions[0]
+        began = 0.25 * np.array([text != first for text in instructions])
+        return np.float32(began + 0.1 * (lengths // 2))
+
+
+class Balanced(Ramp):
+    balanced_threshold = balanced_motion_threshold = 0.5
+
+
+class Still:
+    def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+        return np.zeros((len(observation["proprio"]), 8, 7), np.float32), None
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_episodes_count_by_the_balanced_threshold(video: bool) -> None:
+    """After three chunks the first task has 0.3 and the other one 0.55."""
+    starts, world = starts_of([0, 1], [40, 41]), ProphetPipeline.tiny_random()
+
+    def solved(judge: Ramp, chunks: int) -> list[bool]:
+        return evaluate_in_prophet(
+            Still(), "libero_object", starts, world_model=world, reward_model=judge, max_chunks=chunks, video=video
+        ).success.tolist()
+
+    assert solved(Ramp(), 3) == [False] * 4
+    assert solved(Balanced(), 2) == [False] * 4
+    assert solved(Balanced(), 3) == [False, False, True, True]
+    assert solved(Balanced(), 5) == [True] * 4
+
+
+def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
+    rollouts = evaluate_in_prophet(
+        Still(), "libero_object", starts_of([0, 1], [40]), world_model=ProphetPipeline.tiny_random(),
+        reward_model=Balanced(), max_chunks=8,
+    )  # fmt: skip
+    assert [len(video) for video in rollouts.videos] == [1 + 2 * 5, 1 + 2 * 3]

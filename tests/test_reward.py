@@ -12,9 +12,10 @@ from hypothesis.extra import numpy as hnp
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.reward.base import thresholds
+from prophet_gym.reward.base import balanced_thresholds, thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
+    balance_threshold,
     choose_threshold,
     episode_metrics,
     episode_peaks,
@@ -95,6 +96,12 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> N
     assert (metrics[motion]["accuracy"] == 1.0) == (told_by == "motion")
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
     assert loaded.threshold == classifier.threshold == {suite: metrics[suite]["threshold"]}
+    assert loaded.balanced_threshold == classifier.balanced_threshold
+    logits = frame_logits(loaded, val)
+    peak, solved = episode_peaks(val, loaded.probability(logits))
+    assert (peak >= loaded.balanced_threshold[suite]).sum() == solved.sum()
+    peak, solved = episode_peaks(val, loaded.motion_probability(logits[:, 1]))
+    assert ((peak >= loaded.balanced_motion_threshold[suite]).sum() == solved.sum()) == (told_by == "motion")
     assert loaded.motion_threshold == classifier.motion_threshold == {suite: metrics[motion]["threshold"]}
     for name in ("logit_scale", "motion_scale", "motion_bias"):
         assert torch.equal(loaded.get_buffer(name), classifier.get_buffer(name))
@@ -170,6 +177,22 @@ def test_the_threshold_lets_few_failures_pass(peak: np.ndarray, allowed: float) 
     threshold = choose_threshold(peak, solved, allowed)
     assert 0.5 <= threshold < 1
     assert (peak[~solved] >= threshold).mean() <= allowed
+
+
+@given(st.dictionaries(st.integers(1, 999), st.booleans(), min_size=1, max_size=60))
+def test_the_balanced_threshold_passes_as_many_as_are_solved(outcomes: dict[int, bool]) -> None:
+    peak, solved = np.array(list(outcomes)) / 1000, np.array(list(outcomes.values()))
+    judged = peak >= balance_threshold(peak, solved)
+    assert (judged & ~solved).sum() == (~judged & solved).sum()
+
+
+def test_the_balanced_threshold_is_never_above_the_environments() -> None:
+    judge = SuccessClassifier(
+        channels=(4, 8, 8), threshold=0.7, balanced_threshold={"libero_object": 0.6, "libero_spatial": 0.8}
+    )
+    assert balanced_thresholds(judge, ["libero_spatial", "libero_object"]).tolist() == [0.7, 0.6]
+    without = SuccessClassifier.tiny_random()  # never calibrated
+    assert balanced_thresholds(without, ["libero_object"], video=False).tolist() == [0.9]
 
 
 def test_episode_metrics_on_a_known_table() -> None:

@@ -133,8 +133,6 @@ def test_the_recipe_video_learns_the_video_and_leaves_the_motion(
     assert not torch.equal(saved.transformer.video_out.weight, old.transformer.video_out.weight)
     again = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="video")
     assert_same_weights(again, adapted)
-    with pytest.raises(ValueError, match="'video' has no use for adapters"):
-        adapt(load(base), arrays, arrays, tmp_path / "lora", recipe="video", lora_rank=4)
     others = replace(arrays, records=tuple(replace(record, robot="sawyer") for record in arrays.records))
     with pytest.raises(ValueError, match=r"does not know \['sawyer'\]"):
         adapt(load(base), others, others, tmp_path / "new", recipe="video")

@@ -174,8 +174,8 @@ def _black(count: int) -> Tensor:
     return torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(count, -1, -1, -1)
 
 
-def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays, Tensor]:
-    """At most ``count`` episodes, drawn without replacement, and the rows of ``arrays`` that are theirs, int64 (M,).
+def subset(arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
+    """At most ``count`` episodes, drawn without replacement.
 
     :raises ValueError: a count below 1.
     """
@@ -186,14 +186,13 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> tuple[EpisodeArrays,
     lengths = arrays.lengths[chosen]
     starts = lengths.cumsum(0) - lengths
     rows = torch.arange(int(lengths.sum())) + torch.repeat_interleave(arrays.starts[chosen] - starts, lengths)
-    some = EpisodeArrays(
+    return EpisodeArrays(
         **{name: getattr(arrays, name)[rows] for name in ("frames", "proprio", "actions", "success")},
         starts=starts,
         lengths=lengths,
         first_frames=arrays.first_frames[chosen],
         records=tuple(arrays.records[episode] for episode in chosen),
     )
-    return some, rows
 
 
 def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:
@@ -214,9 +213,8 @@ def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:
 class ClipIndices:
     """A batch of windows, as rows of an :class:`EpisodeArrays`.
 
-    :param rows: int64 (B, history + horizon), frames in order of time; before an episode's beginning its first frame is
-        repeated. Column ``history - 1`` is the present; ``arrays.actions[rows[:, history - 1 : -1]]`` are the actions
-        from there, (B, horizon, frame_stride, 7 K).
+    :param rows: int64 (B, 1 + horizon), the present frame and those after it, in order of time;
+        ``arrays.actions[rows[:, :-1]]`` are the actions between them, (B, horizon, frame_stride, 7 K).
     :param first_rows: int64 (B,), the first frame of each window's episode.
     :param episodes: int64 (B,), index of each window's episode in ``arrays.records``.
     """
@@ -227,54 +225,38 @@ class ClipIndices:
 
 
 class ClipSampler:
-    """Draws windows, with replacement over all frames that have ``horizon`` frames after them::
+    """Draws windows, with replacement and uniformly over all frames that have ``horizon`` frames after them::
 
-        sampler = ClipSampler(arrays, history=4, horizon=2, batch_size=32)
+        sampler = ClipSampler(arrays, horizon=2, batch_size=32)
         clip = sampler.draw(torch.Generator().manual_seed(0))
         frames = arrays.frames[clip.rows]
 
     ``num_windows`` is how many different windows there are.
 
     :param arrays: the episodes.
-    :param history: frames up to and including the present one, >= 1.
-    :param horizon: frames to predict, >= 1. Episodes with no more frames than that are never drawn.
+    :param horizon: frames after the present one, >= 1. Episodes with no more frames than that are never drawn.
     :param batch_size: windows per batch, >= 1.
-    :param weights: float (N,), how often each frame is drawn as the present, relative to the others; None: uniformly.
-    :raises ValueError: a number is below 1, every episode is too short, or no window has a weight.
+    :raises ValueError: a number is below 1, or every episode is too short.
     """
 
-    def __init__(
-        self,
-        arrays: EpisodeArrays,
-        history: int,
-        horizon: int,
-        batch_size: int,
-        weights: Tensor | None = None,
-    ) -> None:
-        for name, number in (("history", history), ("horizon", horizon), ("batch_size", batch_size)):
+    def __init__(self, arrays: EpisodeArrays, horizon: int, batch_size: int) -> None:
+        for name, number in (("horizon", horizon), ("batch_size", batch_size)):
             if number < 1:
                 raise ValueError(f"{name} must be >= 1, got {number}.")
-        self.history, self.horizon, self.batch_size = history, horizon, batch_size
+        self.horizon, self.batch_size = horizon, batch_size
         self._starts = arrays.starts
-        rest = torch.repeat_interleave(arrays.starts + arrays.lengths, arrays.lengths) - torch.arange(
-            len(arrays.frames)
-        )
-        valid = rest > horizon
-        self.num_windows = int(valid.sum())
+        windows = (arrays.lengths - horizon).clamp(min=0)
+        self._ends = windows.cumsum(0)
+        self.num_windows = int(self._ends[-1])
         if not self.num_windows:
             raise ValueError(
                 f"No episode has more than horizon = {horizon} frames, the longest has {int(arrays.lengths.max())}."
             )
-        self._cumulated = (valid if weights is None else valid * weights.double()).cumsum(0, dtype=torch.float64)
-        if not self._cumulated[-1]:
-            raise ValueError("The weights of all windows are zero: nothing can be drawn.")
-        self._offsets = torch.arange(1 - history, horizon + 1)
+        self._skipped = arrays.starts - (self._ends - windows)  # row of a window, less its number
 
     def draw(self, generator: torch.Generator) -> ClipIndices:
         """A batch of windows, drawn by a CPU generator, which advances."""
-        drawn = torch.rand(self.batch_size, generator=generator, dtype=torch.float64) * self._cumulated[-1]
-        present = torch.searchsorted(self._cumulated, drawn, right=True)  # (B,)
-        episodes = torch.searchsorted(self._starts, present, right=True) - 1
-        first_rows = self._starts[episodes]
-        rows = (present[:, None] + self._offsets).maximum(first_rows[:, None])  # (B, history + horizon)
-        return ClipIndices(rows=rows, first_rows=first_rows, episodes=episodes)
+        drawn = torch.randint(self.num_windows, (self.batch_size,), generator=generator)
+        episodes = torch.searchsorted(self._ends, drawn, right=True)
+        rows = (drawn + self._skipped[episodes])[:, None] + torch.arange(self.horizon + 1)
+        return ClipIndices(rows=rows, first_rows=self._starts[episodes], episodes=episodes)

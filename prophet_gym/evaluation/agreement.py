@@ -167,7 +167,7 @@ def evaluate(
         of_splits = [(_holding(held_out, "split", split) or held_out, split) for split in splits]
         arrays = concatenate([load_arrays(some, split, num_arms=pipeline.num_arms) for some, split in of_splits])
         if episodes is not None:
-            arrays, _ = subset(arrays, episodes, seed)
+            arrays = subset(arrays, episodes, seed)
         if len(lengths := arrays.lengths.unique()) > 1:  # the longer ones would lose their ends, and their outcomes
             raise ValueError(
                 f"The episodes of {suite!r} must be equally long to be compared, got {lengths.tolist()} frames: record "

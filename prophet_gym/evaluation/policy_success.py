@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.episode import CHUNK_SIZE, IMAGE_SIZE, Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
+from prophet_gym.reward.base import balanced_thresholds
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def evaluate_in_prophet(
 ) -> Rollouts:
     """Roll the policy out in Prophet, all episodes side by side.
 
+    An episode counts as solved where the reward model's probability reaches its balanced threshold, if it has one: at
+    the environment's own, which is there for RL, few failures pass and many successes are missed.
+
     Args:
         policy: see `Policy`.
         suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
@@ -77,17 +81,18 @@ def evaluate_in_prophet(
     env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
+    threshold = balanced_thresholds(env.reward_model, [suite], env.video)
     running, success = np.ones(len(starts), bool), np.zeros(len(starts), bool)
     ends = np.ones(len(starts), int)
     clips = [observation["image"][:, None].copy()] if env.video else []
     for _ in tqdm(range(env.max_chunks), desc="in Prophet", leave=False):
         actions, _ = policy.predict(observation, deterministic=deterministic)
-        observation, _, terminated, truncated, info = env.step(actions)
+        observation, _, _, truncated, info = env.step(actions)
         if env.video:
             clips.append(info["frames"])
             ends[running] += info["frames"].shape[1]
-        success |= running & terminated
-        running &= ~(terminated | truncated)
+        success |= running & (info["success_probability"] >= threshold)
+        running &= ~(success | truncated)
         env.paused = ~running
         if not running.any():
             break

@@ -15,6 +15,8 @@ class RewardModel(Protocol):
         threshold: an episode is taken for solved when its probability reaches this value, above 0; one number, or one
             for each suite. Above 1, none ever is.
         motion_threshold: the same for the probabilities that it gives without frames (environments with `video=False`).
+
+    It may have `balanced_threshold` and `balanced_motion_threshold` too, by which `evaluate_in_prophet` counts.
     """
 
     threshold: float | Mapping[str, float]
@@ -47,7 +49,18 @@ class RewardModel(Protocol):
 def thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:
     """The threshold of each of these suites, float64 (N,), for verdicts on `video` or on the motion alone; the highest
     of all for a suite that has none."""
-    threshold = reward_model.threshold if video else reward_model.motion_threshold
+    return _of_suites(reward_model.threshold if video else reward_model.motion_threshold, suites)
+
+
+def balanced_thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:
+    """As `thresholds`, those by which rates are right on the whole, if the reward model has them; never above the
+    others, at which an environment ends an episode."""
+    usual = thresholds(reward_model, suites, video)
+    balanced = getattr(reward_model, "balanced_threshold" if video else "balanced_motion_threshold", None)
+    return usual if balanced is None else np.minimum(usual, _of_suites(balanced, suites))
+
+
+def _of_suites(threshold: float | Mapping[str, float], suites: Sequence[str]) -> NDArray[np.float64]:
     if isinstance(threshold, Mapping):
         return np.array([threshold.get(suite, max(threshold.values())) for suite in suites])
     return np.full(len(suites), threshold, np.float64)

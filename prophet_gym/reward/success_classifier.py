@@ -60,6 +60,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
         motion_threshold (`float` or `dict[str, float]`, *optional*): the same where there is no video; None where the
             motion alone was never calibrated.
+        balanced_threshold, balanced_motion_threshold (`float` or `dict[str, float]`, *optional*): those at which as
+            many failures of held-out episodes pass as successes are missed, so that rates are right on the whole.
     """
 
     @register_to_config
@@ -71,6 +73,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         hidden_dim: int = 96,
         threshold: float | dict[str, float] = 0.5,
         motion_threshold: float | dict[str, float] | None = None,
+        balanced_threshold: float | dict[str, float] | None = None,
+        balanced_motion_threshold: float | dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         first, second, third = channels
@@ -109,6 +113,16 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
     def motion_threshold(self) -> float | dict[str, float] | None:
         """The same for probabilities of the motion alone; None where that was never calibrated."""
         return self.config.motion_threshold
+
+    @property
+    def balanced_threshold(self) -> float | dict[str, float] | None:
+        """Probability from which as many episodes count as solved as are; None where it was never calibrated."""
+        return self.config.balanced_threshold
+
+    @property
+    def balanced_motion_threshold(self) -> float | dict[str, float] | None:
+        """The same for probabilities of the motion alone."""
+        return self.config.balanced_motion_threshold
 
     def forward(self, clips: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the logits of the frames alone.

@@ -213,15 +213,16 @@ def calibrate(
     ):
         probability = probability.cpu()
         peak, solved = episode_peaks(arrays, probability)
-        thresholds = {}
+        thresholds, balanced = {}, {}
         for suite in np.unique(suites).tolist():
             own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
             thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
+            balanced[suite] = balance_threshold(peak[own], solved[own])
             auroc = _auroc(probability[frames], arrays.success[frames])
             metrics[suite + verdict] = {"frame_auroc": auroc} | episode_metrics(
                 peak[own], solved[own], thresholds[suite]
             )
-        classifier.register_to_config(**{name: thresholds})
+        classifier.register_to_config(**{name: thresholds, f"balanced_{name}": balanced})
     return metrics
 
 
@@ -261,6 +262,13 @@ def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_f
     allowed = int(max_false_success_rate * len(failures))
     limit = failures[allowed] if allowed < len(failures) else 0.0
     return float(max(0.5, np.nextafter(limit, 2.0)))
+
+
+def balance_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_]) -> float:
+    """The threshold that as many episodes reach as are solved: as many failures pass as successes are missed."""
+    ranked = np.concatenate([[1.0], np.sort(peak)[::-1], [0.0]])
+    number = int(solved.sum())
+    return float(ranked[number : number + 2].mean())
 
 
 def episode_metrics(

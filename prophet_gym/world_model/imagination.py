@@ -1,7 +1,7 @@
 """Recorded episodes, imagined: what Prophet is measured by, and what it and its judge also train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
@@ -10,8 +10,7 @@ from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, wi
 from prophet_gym.training import best_precision
 from prophet_gym.world_model.action_conditioning import carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
-from prophet_gym.world_model.history import advance_history
-from prophet_gym.world_model.pipeline import ChunkCondition, ProphetPipeline, frames_to_pixels, pixels_to_frames
+from prophet_gym.world_model.pipeline import ChunkCondition, ProphetPipeline, frames_to_pixels
 
 
 def frame_rows(arrays: EpisodeArrays, episodes: torch.Tensor, chunk_frames: int) -> torch.Tensor:
@@ -142,57 +141,6 @@ def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int
     """Encode uint8 frames (N, H, W, 3) to float16 latents (N, C, h, w) on the CPU."""
     batches = tqdm(frames.split(batch_size), desc="encoding frames", mininterval=5.0)
     return torch.cat([vae.encode(frames_to_pixels(batch).to(vae.device)).half().cpu() for batch in batches])
-
-
-@dataclass(frozen=True)
-class Imagination:
-    """What Prophet makes of the episodes of some arrays, open loop from their first frames, given the true
-    proprioception; rows as in the arrays. Episodes are imagined in batches of similar length, and frames beyond the
-    last whole chunk of a batch's shortest one are real.
-
-    Attributes:
-        latents: float16 (N, C, h, w), of the transformer. frames: uint8 (N, H, W, 3), decoded from them.
-        history: float16 (N, C, h, w), the frames encoded again.
-    """
-
-    latents: torch.Tensor
-    frames: torch.Tensor
-    history: torch.Tensor
-
-
-@torch.inference_mode()
-def imagine_training_episodes(
-    pipeline: ProphetPipeline, arrays: EpisodeArrays, latents: torch.Tensor, seed: int, batch_size: int = 64
-) -> Imagination:
-    """Imagine every episode of `arrays`, whose encoded frames are `latents`, float16 (N, C, h, w).
-
-    Args:
-        seed: of the noise.
-    """
-    device, chunk_frames = pipeline.device, pipeline.chunk_frames
-    suites, holds = arrays.suites, track_holds(arrays)
-    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
-    imagined = Imagination(latents.clone(), arrays.frames.clone(), latents.clone())
-    generator = torch.Generator().manual_seed(seed)
-    by_length = arrays.lengths.argsort(stable=True)
-    for episodes in tqdm(by_length.split(batch_size), desc="imagining", mininterval=5.0):
-        chunks = (int(arrays.lengths[episodes].min()) - 1) // chunk_frames
-        starts, projection = arrays.starts[episodes], projections[episodes].to(device)
-        robot = robots[episodes].to(device)
-        start = latest = frames_to_pixels(arrays.first_frames[episodes]).to(device)
-        history = latents[starts][:, None].float().to(device)
-        history = history.repeat(1, pipeline.transformer.buffer_frames, 1, 1, 1)
-        for chunk in range(chunks):
-            rows = starts[:, None] + chunk * chunk_frames + torch.arange(chunk_frames + 1)
-            condition = observed_condition(pipeline, arrays, holds, rows, projection, robot)
-            with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
-                pixels, clean = pipeline.generate(history, condition, start, latest, generator)
-                encoded = pipeline.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            history, latest = advance_history(history, encoded), pixels[:, -1]
-            imagined.latents[rows[:, 1:]] = clean.half().cpu()
-            imagined.frames[rows[:, 1:]] = pixels_to_frames(pixels).cpu()
-            imagined.history[rows[:, 1:]] = encoded.half().cpu()
-    return imagined
 
 
 def observed_condition(

@@ -1,4 +1,4 @@
-"""What the parts of Prophet learn from: the errors of proprioception, autoencoder, transformer and decoder."""
+"""What proprioception and autoencoder learn from, and what they share with the rollouts of the video."""
 
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -9,13 +9,11 @@ from prophet_gym.data.episode import finger_openings
 from prophet_gym.training import LossFn
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
-from prophet_gym.world_model.history import advance_history
-from prophet_gym.world_model.imagination import Imagination, hand_motions, observed_condition, track_holds
-from prophet_gym.world_model.pipeline import ProphetPipeline, carry_latents, frames_to_pixels
+from prophet_gym.world_model.imagination import hand_motions, track_holds
+from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels
 
 CROP = 48
 """Side of the autoencoder's training crops, pixels: it is convolutional, and most of a frame is still background."""
-
 
 GRIP = 0.002
 """Scale of the fingers' opening on which an empty hand (about 1 mm) differs from one round a rim (4 mm), metres."""
@@ -162,7 +160,7 @@ def autoencoder_loss(
         projections: float32 (E, K, 3, 4), the camera of each episode of `arrays`.
     """
 
-    holds, sampler, device = track_holds(arrays), ClipSampler(arrays, 1, 2, batch_size), vae.device
+    holds, sampler, device = track_holds(arrays), ClipSampler(arrays, 2, batch_size), vae.device
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = sampler.draw(generator)
@@ -192,105 +190,6 @@ def autoencoder_loss(
     return loss_fn
 
 
-def decoder_loss(pipeline: ProphetPipeline, arrays: EpisodeArrays, imagined: Imagination, batch_size: int) -> LossFn:
-    """Error of crops decoded from the transformer's own latents and carried from the decoder's own frames, so that it
-    makes the best of their errors."""
-    vae, chunk_frames = pipeline.vae, pipeline.chunk_frames
-    projections = pipeline.projection(arrays.suites)
-    holds, sampler = track_holds(arrays), ClipSampler(arrays, 1, 1, batch_size)
-
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        clip = sampler.draw(generator)
-        rows, first = clip.rows[:, 1], clip.first_rows
-        latest = rows - 1 - (rows - 1 - first) % chunk_frames  # the frame that the chunk began from
-        window = _Window.choose(arrays, rows, first, generator)
-        pixels, reference = window.pixels(arrays.frames[rows]), window.pixels(arrays.frames[first])
-        shown = frames_to_pixels(torch.stack([imagined.frames[latest], arrays.frames[first]], dim=1))
-        motion = hand_motions(arrays, holds, latest, rows, projections[clip.episodes])
-        carried = window.carried(shown, motion)
-        drawn = window.drawn(arrays.proprio[rows], projections[clip.episodes], shown.shape[-1])
-        latents = window.crop(imagined.latents[rows].float(), 8)
-        pixels, reference, latents, carried, drawn = (
-            value.to(vae.device) for value in (pixels, reference, latents, carried, drawn)
-        )
-        decoded = vae.decode(latents[:, None], reference, carried[:, None], drawn[:, None])[:, 0]
-        return pixel_loss(decoded, pixels, reference).mean(), {"psnr": error_psnr(decoded - pixels)}
-
-    return loss_fn
-
-
-def transformer_loss(
-    pipeline: ProphetPipeline,
-    arrays: EpisodeArrays,
-    latents: torch.Tensor,
-    *,
-    batch_size: int,
-    steps: int,
-    imagined: Imagination | None = None,
-    max_chunks: int = 2,
-    moving_weight: float = 4.0,
-    history_noise: float = 0.0,
-) -> LossFn:
-    """Rectified flow on chunks of latents, in the form of an error on the clean chunk.
-
-    Most noise levels are 1 (pure noise), so that one sampling step is good; the others are logit-normal. The history is
-    real, or, against drift, in three of four windows what Prophet showed there when it imagined the whole episode. A
-    clean chunk that the model predicts, without gradient, is the history of the next: one chunk in the first half of
-    training, then `max_chunks`. The error counts more where the chunk differs from the last history frame or from the
-    first.
-
-    Args:
-        latents: float16 (N, C, h, w), all frames of `arrays` encoded.
-        steps: length of the training, for the schedule of chunks.
-        imagined: the episodes of `arrays` as Prophet imagines them.
-        max_chunks: chunks in the second half of training.
-        moving_weight: what a place counts in addition that changes as much as the mean.
-        history_noise: standard deviation of noise on all history frames but the first; the usual remedy against drift
-            where there is no own history.
-    """
-    transformer, device, chunk_frames = pipeline.transformer, pipeline.device, pipeline.chunk_frames
-    suites = arrays.suites
-    projections, robots = pipeline.projection(suites), pipeline.robot(suites)
-    weights, holds = contact_weights(arrays), track_holds(arrays)
-    recent = transformer.buffer_frames - 1
-    samplers = {
-        chunks: ClipSampler(arrays, recent, chunks * chunk_frames, batch_size, weights) for chunks in (1, max_chunks)
-    }
-
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        chunks = max_chunks if step >= 0.5 * steps else 1
-        clip = samplers[chunks].draw(generator)
-        projection, robot = projections[clip.episodes].to(device), robots[clip.episodes].to(device)
-        history = latents[torch.cat([clip.first_rows[:, None], clip.rows[:, :recent]], dim=1)].float()
-        if imagined is not None:
-            own = torch.rand(batch_size, 1, 1, 1, 1, generator=generator) < 0.75
-            history[:, 1:] = torch.where(own, imagined.history[clip.rows[:, :recent]].float(), history[:, 1:])
-        history = history.to(device)
-        losses = []
-        for chunk in range(chunks):
-            present = recent - 1 + chunk * chunk_frames
-            rows = clip.rows[:, present : present + chunk_frames + 1]
-            clean = latents[rows[:, 1:]].float().to(device)
-            condition = observed_condition(pipeline, arrays, holds, rows, projection, robot)
-            sigma = noise_levels(batch_size, 0.7, generator).to(device)
-            noise = torch.randn(clean.shape, generator=generator).to(device)
-            level = sigma[:, None, None, None, None]
-            sample = (1 - level) * clean + level * noise
-            given = history
-            if history_noise:
-                errors = history_noise * torch.randn(history[:, 1:].shape, generator=generator).to(device)
-                given = torch.cat([history[:, :1], history[:, 1:] + errors], dim=1)
-            carried = carry_latents(given, condition.motion, pipeline.vae.spatial_compression)
-            velocity = transformer(sample, sigma, given, condition.scalars, condition.action_frames, carried)
-            predicted = sample - level * velocity
-            losses.append(latent_error(predicted, clean, history, moving_weight).mean())
-            history = advance_history(history, predicted.detach())
-        logs = {f"loss_chunk_{chunk}": loss.item() for chunk, loss in enumerate(losses)}
-        return torch.stack(losses).mean(), logs
-
-    return loss_fn
-
-
 def noise_levels(count: int, pure: float, generator: torch.Generator) -> torch.Tensor:
     """Noise levels (count,) of training, in (0, 1]: a share `pure` of them is 1, so that one sampling step is good, the
     others are logit-normal."""
@@ -298,14 +197,12 @@ def noise_levels(count: int, pure: float, generator: torch.Generator) -> torch.T
     return torch.where(torch.rand(count, generator=generator) < pure, 1.0, sigma.clamp(min=0.02))
 
 
-def latent_error(
-    predicted: torch.Tensor, clean: torch.Tensor, history: torch.Tensor, moving_weight: float
-) -> torch.Tensor:
-    """Squared error of each frame of chunks (B, F, C, h, w), (B, F). A place counts more, by `moving_weight` if it
-    changes as much as the mean, where the chunk differs from the first or the last frame of the history."""
+def latent_error(predicted: torch.Tensor, clean: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    """Squared error of each frame of chunks (B, F, C, h, w), (B, F). A place counts more, five times if it changes as
+    much as the mean, where the chunk differs from the first or the last frame of the history."""
     moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
     moved = moved.mean(2, keepdim=True)
-    weight = 1 + moving_weight * moved / moved.mean()
+    weight = 1 + 4 * moved / moved.mean()
     return (weight * (predicted - clean).square()).mean((2, 3, 4))
 
 
@@ -318,7 +215,7 @@ def suite_weights(arrays: EpisodeArrays) -> torch.Tensor:
 
 
 def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
-    """How often each frame is drawn: four times as often near a movement of the fingers, float (N,).
+    """What each frame counts: four times as much near a movement of the fingers, float (N,).
 
     Whether a grasp holds is decided there; the arm at rest before and after has little to teach.
     """

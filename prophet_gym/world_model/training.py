@@ -1,5 +1,5 @@
-"""Training of Prophet: proprioception, autoencoder, the transformer by rectified flow, the decoder on what the
-transformer imagines, and the transformer again on its own history, or both on rollouts; each stage can be resumed."""
+"""Training of Prophet: proprioception, autoencoder, and transformer and decoder together on their own rollouts; each
+stage can be resumed."""
 
 import os
 from collections.abc import Sequence
@@ -12,47 +12,25 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.modeling_utils import ModelMixin
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from prophet_gym.data.clips import EpisodeArrays, subset
+from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.run_folder import claim
-from prophet_gym.training import LossFn, fit
+from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
-from prophet_gym.world_model.imagination import (
-    encode_frames,
-    frame_rows,
-    imagine_training_episodes,
-    replay_episodes,
-)
+from prophet_gym.world_model.imagination import encode_frames, frame_rows, replay_episodes
 from prophet_gym.world_model.lora import add_lora, fuse_lora
-from prophet_gym.world_model.losses import (
-    ProprioceptionLoss,
-    autoencoder_loss,
-    decoder_loss,
-    error_psnr,
-    transformer_loss,
-)
-from prophet_gym.world_model.pipeline import (
-    ProphetPipeline,
-)
+from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss, error_psnr
+from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 
 MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 """Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
-
-STAGES = ("transformer", "decoder", "transformer-own-history", "rollouts")
-"""After the autoencoder, those that a recipe has: the last one or the others. The third one is against drift: the
-history is what the first two imagine. The decoder must not follow once more: the transformer has learned to go on from
-this one's frames (measured: 0.3 dB lost)."""
-
-IMAGINED_EPISODES = 1000
-"""At most so many training episodes are imagined for a stage, other ones each time."""
 
 _TINY_MODELS: dict[str, Any] = {"autoencoder": {}, "proprioception": {}, "transformer": {"memory": MEMORY}}
 
@@ -61,9 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "autoencoder": {"steps": 9000, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 11_000, "batch_size": 128, "learning_rate": 2e-3},
-        "transformer": {"steps": 5000, "batch_size": 16, "learning_rate": 1e-3},
-        "decoder": {"steps": 2000, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 4500, "batch_size": 16, "learning_rate": 7e-4},
+        "rollouts": {"steps": 6000, "batch_size": 16, "learning_rate": 1e-3},
         "models": _TINY_MODELS,
     },
     # The same models for the steps of `prophet adapt`, and an autoencoder of their own: what a few episodes give
@@ -71,18 +47,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "brief": {
         "autoencoder": {"steps": 1500, "batch_size": 32, "learning_rate": 3e-3},
         "proprioception": {"steps": 1500, "batch_size": 128, "learning_rate": 2e-3},
-        "transformer": {"steps": 300, "batch_size": 16, "learning_rate": 1e-3},
-        "decoder": {"steps": 300, "batch_size": 32, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 200, "batch_size": 16, "learning_rate": 7e-4},
+        "rollouts": {"steps": 500, "batch_size": 16, "learning_rate": 1e-3},
         "models": _TINY_MODELS,
     },
     # About 130 million weights, for one GPU.
     "base": {
         "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
         "proprioception": {"steps": 25_000, "batch_size": 512, "learning_rate": 2e-3},
-        "transformer": {"steps": 40_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
-        "decoder": {"steps": 10_000, "batch_size": 64, "learning_rate": 3e-4},
-        "transformer-own-history": {"steps": 40_000, "batch_size": 64, "learning_rate": 2e-4, "warmup_steps": 1000},
+        "rollouts": {"steps": 80_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
         "models": {
             "autoencoder": {
                 "block_channels": (64, 128, 256),
@@ -100,19 +72,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # Two billion weights, from `pretrained`; optimiser as in the paper. Its autoencoder needs no training.
+    # Two billion weights, from `pretrained`; optimiser as in the paper. Its autoencoder stays as it was trained.
     "cosmos-2b": {
         "proprioception": {"steps": 25_000, "batch_size": 512, "learning_rate": 2e-3},
-        "transformer": {
-            "steps": 20_000,
-            "batch_size": 16,
-            "learning_rate": 1e-4,
-            "weight_decay": 0.1,
-            "warmup_steps": 1000,
-        },
-        "decoder": {"steps": 5000, "batch_size": 32, "learning_rate": 1e-5},
-        "transformer-own-history": {
-            "steps": 20_000,
+        "rollouts": {
+            "steps": 40_000,
             "batch_size": 16,
             "learning_rate": 1e-4,
             "weight_decay": 0.1,
@@ -128,9 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
         "autoencoder": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
         "proprioception": {"steps": 4, "batch_size": 4, "learning_rate": 1e-3},
-        "transformer": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
-        "decoder": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
-        "transformer-own-history": {"steps": 4, "batch_size": 2, "learning_rate": 1e-3},
+        "rollouts": {"steps": 8, "batch_size": 2, "learning_rate": 1e-3},
         "models": {
             "autoencoder": {
                 "latent_channels": 4,
@@ -398,46 +360,24 @@ def fit_video(
     seed: int,
     lora_rank: int | None = None,
 ) -> None:
-    """`STAGES`, those that the recipe has: transformer and decoder, whose weights change in place.
+    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
         recipe: as in `PRESETS`.
-        lora_rank: if given, the transformer learns in low-rank adapters, which are fused after each stage.
+        lora_rank: if given, the transformer learns in low-rank adapters, which are fused at the end.
     """
-    vae, transformer = pipeline.vae, pipeline.transformer
-    for number, name in enumerate(name for name in STAGES if name in recipe):
-        stage = dict(recipe[name])
-        batch_size, max_chunks = stage.pop("batch_size"), stage.pop("max_chunks", 2)
-        done = (out / name).exists()
-        some, own_latents, imagined = train_arrays, latents, None
-        if number and not done:
-            # The models have changed: once more, what do they make of the episodes?
-            some, rows = subset(train_arrays, IMAGINED_EPISODES, seed + number)
-            own_latents = latents[rows]
-            imagined = imagine_training_episodes(pipeline, some, own_latents, seed + number)
-        part: ModelMixin = vae if name == "decoder" else transformer
-        finish = None
-        if name == "rollouts":
-            part = VideoModels.of(pipeline)
-            loss_fn: LossFn = VideoRolloutLoss(pipeline, some, own_latents, batch_size, stage["steps"])
-        elif part is vae and imagined is not None:
-            loss_fn = decoder_loss(pipeline, some, imagined, batch_size)
-        else:
-            loss_fn = transformer_loss(
-                pipeline,
-                some,
-                own_latents,
-                batch_size=batch_size,
-                steps=stage["steps"],
-                imagined=imagined,
-                max_chunks=max_chunks,
-            )
-        if part is transformer and lora_rank is not None and not done:
-            add_lora(transformer, lora_rank, seed + number)
-            finish = partial(fuse_lora, transformer, out / f"{name}-lora" if PartialState().is_main_process else None)
-        validate = partial(_validate, pipeline, val_arrays, out, name)
-        fit(name, part, loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
+    if isinstance(pipeline.vae, ProphetCosmosAutoencoder):
+        pipeline.vae.requires_grad_(False)  # stays as it was pretrained
+    stage = dict(recipe["rollouts"])
+    loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
+    finish = None
+    if lora_rank is not None and not (out / "rollouts").exists():
+        add_lora(pipeline.transformer, lora_rank, seed)
+        kept = out / "rollouts-lora" if PartialState().is_main_process else None
+        finish = partial(fuse_lora, pipeline.transformer, kept)
+    validate = partial(_validate, pipeline, val_arrays, out, "rollouts")
+    fit("rollouts", VideoModels.of(pipeline), loss_fn, out, seed=seed, validate=validate, finish=finish, **stage)
 
 
 def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:

@@ -89,14 +89,25 @@ class VideoRolloutLoss(ReplayLoss):
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule.
+        told: share of the rollouts that are told the true past past the first fifth; 1 is no history of their own.
+        history_noise: standard deviation of noise on all history frames but the first, the usual remedy against drift
+            where there is no own history.
     """
 
     def __init__(
-        self, pipeline: ProphetPipeline, arrays: EpisodeArrays, latents: torch.Tensor, batch_size: int, steps: int
+        self,
+        pipeline: ProphetPipeline,
+        arrays: EpisodeArrays,
+        latents: torch.Tensor,
+        batch_size: int,
+        steps: int,
+        told: float = TOLD,
+        history_noise: float = 0.0,
     ) -> None:
         whole = arrays.lengths > pipeline.chunk_frames  # an episode without a whole chunk is not drawn
         super().__init__(pipeline, arrays, batch_size, whole * suite_weights(arrays))
         self.pipeline, self.latents, self.steps = pipeline, latents, steps
+        self.told, self.history_noise = told, history_noise
         self._holds = track_holds(arrays)
         contact = contact_weights(arrays)
         self._contact = contact / contact.mean()
@@ -120,7 +131,7 @@ class VideoRolloutLoss(ReplayLoss):
         carried = carry(torch.stack([latest, start], dim=1), condition.motion)
         pixels = pipeline.vae.decode(predicted, start, carried, condition.action_frames[:, 1:]).float()
 
-        in_latents = latent_error(predicted, clean, history, moving_weight=4.0)
+        in_latents = latent_error(predicted, clean, history)
         reference = start[:, None].expand_as(real)
         in_pixels = pixel_loss(pixels.flatten(0, 1), real.flatten(0, 1), reference.flatten(0, 1)).view_as(in_latents)
         with torch.no_grad():
@@ -141,7 +152,7 @@ class VideoRolloutLoss(ReplayLoss):
         drawn = self._draw(generator)
         uniform = torch.rand(2, self.batch_size, generator=generator)
         episodes, time, begins = self._go_on(drawn, uniform[1], self.pipeline.chunk_frames)
-        told = begins | (uniform[0] < max(TOLD, 1 - 5 * step / self.steps))
+        told = begins | (uniform[0] < max(self.told, 1 - 5 * step / self.steps))
         first, now = self.arrays.starts[episodes], self.arrays.starts[episodes] + time
         recent = self.pipeline.transformer.buffer_frames - 1
         past = torch.cat([first[:, None], (now[:, None] + torch.arange(1 - recent, 1)).maximum(first[:, None])], dim=1)
@@ -151,6 +162,9 @@ class VideoRolloutLoss(ReplayLoss):
             told |= ~before["history"][:, -1].isfinite().flatten(1).all(dim=1).to(told.device)  # overflows are not kept
             history = torch.where(told[:, None, None, None, None], history, before["history"].to(history))
             latest = torch.where(told[:, None, None, None], latest, before["latest"].to(latest))
+        if self.history_noise:
+            errors = self.history_noise * torch.randn(history[:, 1:].shape, generator=generator).to(history)
+            history = torch.cat([history[:, :1], history[:, 1:] + errors], dim=1)
         return {"episodes": episodes, "time": time, "history": history, "latest": latest}
 
     def _pixels(self, rows: torch.Tensor) -> torch.Tensor:
