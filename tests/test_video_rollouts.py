@@ -8,14 +8,23 @@ import pytest
 import torch
 from test_adapt import assert_same_weights, base, load, new_world  # noqa: F401
 from test_world_model import episodes
+from torch.utils.tensorboard import SummaryWriter
 
-from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.clips import EpisodeArrays, concatenate
 from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
-from prophet_gym.world_model.imagination import encode_frames, episode_seeds, frame_rows, replay_episodes
+from prophet_gym.world_model.imagination import (
+    encode_frames,
+    episode_seeds,
+    frame_rows,
+    observed_condition,
+    replay_episodes,
+    track_holds,
+)
 from prophet_gym.world_model.pipeline import frames_to_pixels
+from prophet_gym.world_model.training import _validate
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 
 
@@ -52,10 +61,70 @@ def test_rollouts_go_on_from_what_they_showed_until_their_episode_is_over() -> N
     assert went_on > 50 and began > 10
 
 
-def test_episodes_without_a_whole_chunk_are_left_out() -> None:
+def test_a_step_gives_the_networks_what_a_step_of_an_environment_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """History, condition, carried frames: each robot for itself, two suites of two cameras, fingers that close."""
+    pipeline = ProphetPipeline.tiny_random()
+    parts = [episodes(3, length=10), episodes(2, length=9, seed=1)]
+    parts[1] = replace(parts[1], records=tuple(replace(one, suite="square_world") for one in parts[1].records))
+    arrays = concatenate(parts)
+    arrays.proprio[:, 6] = 0.04 - 0.04 * (arrays.proprio[:, 0] > arrays.proprio[:, 0].median()).float()
+    one, other = ([[focal, 0, 48, 10], [0, focal, 48, 20], [0, 0, 1, 1]] for focal in (60.0, 90.0))
+    pipeline.register_to_config(
+        cameras={"libero_object": one, "square_world": other},
+        robots=[["panda", ["libero_object", "square_world"]]],
+    )
+    given: dict[str, list[tuple[torch.Tensor, ...]]] = {"transformer": [], "decode": []}
+    forward, decode = pipeline.transformer.forward, pipeline.vae.decode
+
+    def recording_forward(*arguments: torch.Tensor) -> torch.Tensor:
+        given["transformer"].append(arguments)
+        return forward(*arguments)
+
+    def recording_decode(*arguments: torch.Tensor) -> torch.Tensor:
+        given["decode"].append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", recording_forward)
+    monkeypatch.setattr(pipeline.vae, "decode", recording_decode)
+    loss_fn = make(pipeline, arrays, batch_size=4, steps=1)
+    monkeypatch.setattr(loss_fn, "told", 0.0)
+    where, compared = None, 0
+    for number in range(1, 7):
+        _, after = step(loss_fn, number)
+        for row, (episode, time) in enumerate(zip(after["episodes"], after["time"], strict=True)):
+            if where is None or episode != where["episodes"][row] or time != where["time"][row] + 2:
+                continue
+            # The same episode by itself, from what was shown: as `generate` goes on in an environment.
+            start, now = arrays.starts[episode], arrays.starts[episode] + time - 2
+            rows = torch.stack([now, now + 1, now + 2])[None]
+            condition = observed_condition(
+                pipeline, arrays, track_holds(arrays), rows,
+                pipeline.projection([arrays.suites[episode]]), pipeline.robot([arrays.suites[episode]]),
+            )  # fmt: skip
+            shown, kept = where["latest"][row][None], where["history"][row][None]
+            pipeline.generate(kept, condition, frames_to_pixels(arrays.frames[start][None]), shown)
+            compared += 1
+            for name, skipped in (("transformer", 2), ("decode", 1)):  # the sample and its noise level; the latents
+                alone = given[name].pop()
+                for told, expected in zip(given[name][-1][skipped:], alone[skipped:], strict=True):
+                    torch.testing.assert_close(told[row], expected[0], rtol=1e-4, atol=1e-4)
+        where = dict(after)
+    assert len(given["transformer"]) == 6 and compared > 12
+
+
+def test_episodes_without_a_whole_chunk_are_left_out(tmp_path: Path) -> None:
     pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
     short = arrays.lengths.clone()
+    with pytest.raises(ValueError, match="No episode has a chunk of 2 frames"):
+        make(pipeline, replace(arrays, lengths=torch.full_like(short, pipeline.chunk_frames)))
     short[[0, 3]] = pipeline.chunk_frames
+    writer = SummaryWriter(str(tmp_path))
+    _validate(pipeline, replace(arrays, lengths=short), tmp_path, "rollouts", writer, 0)
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
+    _validate(
+        pipeline, replace(arrays, lengths=torch.full_like(short, 2)), tmp_path, "rollouts", writer, 1
+    )  # none left
+    assert len(list(tmp_path.glob("*.mp4"))) == 1
     loss_fn = make(pipeline, replace(arrays, lengths=short))
     for number in range(12):
         _, after = step(loss_fn, number)
@@ -75,6 +144,14 @@ def test_rollouts_are_told_the_true_past_in_the_beginning() -> None:
         assert torch.equal(before["history"][:, 0], loss_fn.latents[first].float())
         assert torch.equal(before["history"][:, -2], loss_fn.latents[(now - 1).maximum(first)].float())  # padded left
         step(loss_fn, number)
+    noisy = VideoRolloutLoss(pipeline, arrays, loss_fn.latents, 6, steps=1, told=1.0, history_noise=0.3)
+    step(noisy, 1)
+    given = noisy._begin_and_tell(2, torch.Generator().manual_seed(2))
+    first = arrays.starts[given["episodes"]]
+    past = (first + given["time"])[:, None] - torch.arange(given["history"].shape[1] - 2, -1, -1)
+    errors = given["history"][:, 1:] - loss_fn.latents[past.maximum(first[:, None])].float()
+    assert torch.equal(given["history"][:, 0], loss_fn.latents[first].float())
+    assert 0.28 < errors.std() < 0.32 and errors.mean().abs() < 0.02
 
 
 def test_a_model_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

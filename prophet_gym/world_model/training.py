@@ -195,8 +195,9 @@ def _validate(
 ) -> None:
     """Replay 8 validation episodes of each suite open loop; log PSNR by horizon and write videos, real above
     imagined."""
-    for suite in sorted(set(arrays.suites)):
-        own = torch.tensor([k for k, record in enumerate(arrays.records) if record.suite == suite])
+    whole = (arrays.lengths > pipeline.chunk_frames).tolist()
+    for suite in sorted({suite for suite, fits in zip(arrays.suites, whole, strict=True) if fits}):
+        own = torch.tensor([k for k, other in enumerate(arrays.suites) if other == suite and whole[k]])
         chosen = own[torch.linspace(0, len(own) - 1, min(8, len(own))).long()]
         imagined, _ = replay_episodes(pipeline, arrays, chosen, range(len(chosen)))
         real = arrays.frames[frame_rows(arrays, chosen, pipeline.chunk_frames)]

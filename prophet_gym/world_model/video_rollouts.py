@@ -92,6 +92,9 @@ class VideoRolloutLoss(ReplayLoss):
         told: share of the rollouts that are told the true past past the first fifth; 1 is no history of their own.
         history_noise: standard deviation of noise on all history frames but the first, the usual remedy against drift
             where there is no own history.
+
+    Raises:
+        ValueError: no episode has a whole chunk.
     """
 
     def __init__(
@@ -105,6 +108,11 @@ class VideoRolloutLoss(ReplayLoss):
         history_noise: float = 0.0,
     ) -> None:
         whole = arrays.lengths > pipeline.chunk_frames  # an episode without a whole chunk is not drawn
+        if not whole.any():
+            longest = int(arrays.lengths.max())
+            raise ValueError(
+                f"No episode has a chunk of {pipeline.chunk_frames} frames after its first one: the longest has {longest}."
+            )
         super().__init__(pipeline, arrays, batch_size, whole * suite_weights(arrays))
         self.pipeline, self.latents, self.steps = pipeline, latents, steps
         self.told, self.history_noise = told, history_noise
