@@ -111,7 +111,7 @@ class VideoRolloutLoss(ReplayLoss):
         if not whole.any():
             longest = int(arrays.lengths.max())
             raise ValueError(
-                f"No episode has a chunk of {pipeline.chunk_frames} frames after its first one: the longest has {longest}."
+                f"No episode has a chunk of {pipeline.chunk_frames} frames after its first one, the longest {longest}."
             )
         super().__init__(pipeline, arrays, batch_size, whole * suite_weights(arrays))
         self.pipeline, self.latents, self.steps = pipeline, latents, steps
