@@ -21,6 +21,7 @@ from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import encode_frames
 from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss
+from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.training import train
 from prophet_gym.world_model.video_rollouts import VideoRolloutLoss
 
@@ -214,6 +215,30 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
         run(load(base), out=tmp_path / "killed")
     assert (tmp_path / "killed" / "checkpoints" / "rollouts").is_dir()
     assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("robot", ["panda", "sawyer"])
+def test_the_motion_of_known_robots_ends_half_way(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, robot: str
+) -> None:
+    assert adaptation.RECIPES["adapt"]["halfway"] and "halfway" not in adaptation.RECIPES["extend"]
+    short = {name: stage | {"steps": 5} for name, stage in adaptation.RECIPES["debug"].items()}
+    monkeypatch.setitem(adaptation.RECIPES, "debug", {"halfway": True} | short)
+    data = [
+        replace(arrays, records=tuple(replace(record, robot=robot) for record in arrays.records))
+        for arrays in (new_world(3), new_world(1, seed=1))
+    ]
+    adapted = adapt(load(base), *data, tmp_path / "out", recipe="debug").proprioception
+    again = adapt(load(base), *data, tmp_path / "out", recipe="debug").proprioception
+    all_the_way = ProprioceptionModel.from_pretrained(tmp_path / "out" / "proprioception-0")
+    old, moved = load(base).proprioception.members.state_dict(), 0
+    for name, weight in adapted.members.state_dict().items():
+        end = all_the_way.members.state_dict()[name]
+        expected = end if robot == "sawyer" else (old[name] + end) / 2
+        torch.testing.assert_close(weight, expected)
+        assert torch.equal(again.members.state_dict()[name], weight)
+        moved += int(not torch.equal(end, old[name]))
+    assert moved > 5
 
 
 @pytest.mark.slow
