@@ -89,7 +89,7 @@ class VideoRolloutLoss(ReplayLoss):
     Args:
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule.
-        told: share of the rollouts that are told the true past past the first fifth; 1 is no history of their own.
+        told: share of the rollouts that are told the true past after the first fifth; 1 is no history of their own.
         history_noise: standard deviation of noise on all history frames but the first, the usual remedy against drift
             where there is no own history.
 
