@@ -1,6 +1,7 @@
 """`prophet adapt`: from a few episodes of a new world, by all weights or by LoRA, resumable, the base left as it is."""
 
 import hashlib
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -197,9 +198,9 @@ def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch:
 def test_a_killed_adaptation_resumes_to_the_same_weights(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
 ) -> None:
-    """Killed in the midst of the transformer, after a checkpoint, and again before the first step of the decoder."""
+    """Killed in the midst of the rollouts, after a checkpoint, and again before the pipeline is written."""
     recipe = {name: stage | {"checkpoint_every": 5} for name, stage in adaptation.RECIPES["debug"].items()}
-    monkeypatch.setitem(adaptation.RECIPES, "debug", recipe)
+    monkeypatch.setitem(adaptation.RECIPES, "debug", {"halfway": True} | recipe)
     run = partial(adapt, train_arrays=new_world(4), val_arrays=new_world(2, seed=1), recipe="debug", lora_rank=rank)
     whole = run(load(base), out=tmp_path / "whole")
 
@@ -214,6 +215,8 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
         patch.setattr(stages, "VideoRolloutLoss", Killed)
         run(load(base), out=tmp_path / "killed")
     assert (tmp_path / "killed" / "checkpoints" / "rollouts").is_dir()
+    assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
+    shutil.rmtree(tmp_path / "killed" / "pipeline")
     assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
 
 

@@ -50,15 +50,17 @@ class Still:
         return np.zeros((len(observation["proprio"]), 8, 7), np.float32), None
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 @pytest.mark.parametrize("video", [True, False])
-def test_episodes_count_by_the_balanced_threshold(video: bool) -> None:
-    """After three chunks the first task has 0.3 and the other one 0.55."""
+def test_episodes_count_by_the_balanced_threshold(video: bool, mode: str) -> None:
+    """In every autoreset mode. After three chunks the first task has 0.3 and the other one 0.55."""
     starts, world = starts_of([0, 1], [40, 41]), ProphetPipeline.tiny_random()
 
     def solved(judge: Ramp, chunks: int) -> list[bool]:
         return evaluate_in_prophet(
-            Still(), "libero_object", starts, world_model=world, reward_model=judge, max_chunks=chunks, video=video
-        ).success.tolist()
+            Still(), "libero_object", starts, world_model=world, reward_model=judge, max_chunks=chunks, video=video,
+            autoreset_mode=mode,
+        ).success.tolist()  # fmt: skip
 
     assert solved(Ramp(), 3) == [False] * 4
     assert solved(Balanced(), 2) == [False] * 4

@@ -73,11 +73,13 @@ def evaluate_in_prophet(
         suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
         starts.
         seed: of the world model's noise. deterministic: passed to `predict`.
-        env_arguments: further arguments of `ProphetVectorEnv`.
+        env_arguments: further arguments of `ProphetVectorEnv`; the autoreset mode is of no account.
 
     Returns:
         The reward model's verdicts.
     """
+    # No env begins another episode here, and the infos of the last step must be the old one's.
+    env_arguments = env_arguments | {"autoreset_mode": "Disabled"}
     env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)

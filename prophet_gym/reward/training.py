@@ -217,7 +217,8 @@ def calibrate(
         for suite in np.unique(suites).tolist():
             own, frames = suites == suite, torch.from_numpy(frame_suites == suite)
             thresholds[suite] = choose_threshold(peak[own], solved[own], max_false_success_rate)
-            balanced[suite] = balance_threshold(peak[own], solved[own])
+            mixed = 0 < solved[own].mean() < 1
+            balanced[suite] = balance_threshold(peak[own], solved[own]) if mixed else thresholds[suite]
             auroc = _auroc(probability[frames], arrays.success[frames])
             metrics[suite + verdict] = {"frame_auroc": auroc} | episode_metrics(
                 peak[own], solved[own], thresholds[suite]
@@ -265,10 +266,12 @@ def choose_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_], max_f
 
 
 def balance_threshold(peak: NDArray[np.float64], solved: NDArray[np.bool_]) -> float:
-    """The threshold that as many episodes reach as are solved: as many failures pass as successes are missed."""
-    ranked = np.concatenate([[1.0], np.sort(peak)[::-1], [0.0]])
-    number = int(solved.sum())
-    return float(ranked[number : number + 2].mean())
+    """The threshold, half-way between two peaks, that as nearly as many episodes reach as are solved: then as many
+    failures pass as successes are missed."""
+    bounds = np.unique([0.0, *peak, 1.0])
+    candidates = (bounds[:-1] + bounds[1:]) / 2
+    passed = (peak >= candidates[:, None]).sum(1)
+    return float(candidates[np.abs(passed - solved.sum()).argmin()])
 
 
 def episode_metrics(

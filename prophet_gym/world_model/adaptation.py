@@ -84,7 +84,7 @@ def adapt(
         out: folder for checkpoints, TensorBoard logs, sample videos and the result.
         recipe: one of `RECIPES`.
         lora_rank: train low-rank adapters of the transformer instead of all its weights (extra `lora`). They are fused
-            into the saved pipeline, which needs no peft, and lie beside it, in `out / STAGE-lora`.
+            into the saved pipeline, which needs no peft, and lie beside it, in `out / rollouts-lora`.
         num_members: of the proprioception, for a recipe that trains it anew; None: as many as it has.
         seed: of the batches. device: torch device.
         cameras: camera matrix of each suite whose camera is known, see `ProphetPipeline`; they join the pipeline's own,

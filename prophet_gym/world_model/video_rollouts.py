@@ -90,8 +90,8 @@ class VideoRolloutLoss(ReplayLoss):
         latents: float16 (N, C, h, w), all frames of `arrays` encoded.
         steps: length of the training, for the schedule.
         told: share of the rollouts that are told the true past after the first fifth; 1 is no history of their own.
-        history_noise: standard deviation of noise on all history frames but the first, the usual remedy against drift
-            where there is no own history.
+        history_noise: standard deviation of noise on all the history that the transformer is given but the first frame,
+            the usual remedy against drift where there is no own history.
 
     Raises:
         ValueError: no episode has a whole chunk.
@@ -133,8 +133,12 @@ class VideoRolloutLoss(ReplayLoss):
         sigma = noise_levels(self.batch_size, 0.8, generator).to(device)
         level = sigma[:, None, None, None, None]
         sample = (1 - level) * clean + level * torch.randn(clean.shape, generator=generator).to(device)
-        carried = carry_latents(history, condition.motion, pipeline.vae.spatial_compression)
-        velocity = pipeline.transformer(sample, sigma, history, condition.scalars, condition.action_frames, carried)
+        given = history
+        if self.history_noise:
+            errors = self.history_noise * torch.randn(history[:, 1:].shape, generator=generator).to(history)
+            given = torch.cat([history[:, :1], history[:, 1:] + errors], dim=1)
+        carried = carry_latents(given, condition.motion, pipeline.vae.spatial_compression)
+        velocity = pipeline.transformer(sample, sigma, given, condition.scalars, condition.action_frames, carried)
         predicted = sample - level * velocity.float()
         carried = carry(torch.stack([latest, start], dim=1), condition.motion)
         pixels = pipeline.vae.decode(predicted, start, carried, condition.action_frames[:, 1:]).float()
@@ -170,9 +174,6 @@ class VideoRolloutLoss(ReplayLoss):
             told |= ~before["history"][:, -1].isfinite().flatten(1).all(dim=1).to(told.device)  # overflows are not kept
             history = torch.where(told[:, None, None, None, None], history, before["history"].to(history))
             latest = torch.where(told[:, None, None, None], latest, before["latest"].to(latest))
-        if self.history_noise:
-            errors = self.history_noise * torch.randn(history[:, 1:].shape, generator=generator).to(history)
-            history = torch.cat([history[:, :1], history[:, 1:] + errors], dim=1)
         return {"episodes": episodes, "time": time, "history": history, "latest": latest}
 
     def _pixels(self, rows: torch.Tensor) -> torch.Tensor:
