@@ -86,8 +86,7 @@ def test_a_step_gives_the_networks_what_a_step_of_an_environment_gives_them(monk
 
     monkeypatch.setattr(pipeline.transformer, "forward", recording_forward)
     monkeypatch.setattr(pipeline.vae, "decode", recording_decode)
-    loss_fn = make(pipeline, arrays, batch_size=4, steps=1)
-    monkeypatch.setattr(loss_fn, "told", 0.0)
+    loss_fn = VideoRolloutLoss(pipeline, arrays, encode_frames(pipeline.vae, arrays.frames), 4, steps=1, told=0.0)
     where, compared = None, 0
     for number in range(1, 7):
         _, after = step(loss_fn, number)
@@ -121,9 +120,8 @@ def test_episodes_without_a_whole_chunk_are_left_out(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     _validate(pipeline, replace(arrays, lengths=short), tmp_path, "rollouts", writer, 0)
     assert len(list(tmp_path.glob("*.mp4"))) == 1
-    _validate(
-        pipeline, replace(arrays, lengths=torch.full_like(short, 2)), tmp_path, "rollouts", writer, 1
-    )  # none left
+    none = replace(arrays, lengths=torch.full_like(short, 2))
+    _validate(pipeline, none, tmp_path, "rollouts", writer, 1)
     assert len(list(tmp_path.glob("*.mp4"))) == 1
     loss_fn = make(pipeline, replace(arrays, lengths=short))
     for number in range(12):

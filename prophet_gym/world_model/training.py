@@ -361,7 +361,8 @@ def fit_video(
     seed: int,
     lora_rank: int | None = None,
 ) -> None:
-    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`.
+    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`. Cosmos's
+    autoencoder stays as it was pretrained, and frozen.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
@@ -369,7 +370,7 @@ def fit_video(
         lora_rank: if given, the transformer learns in low-rank adapters, which are fused at the end.
     """
     if isinstance(pipeline.vae, ProphetCosmosAutoencoder):
-        pipeline.vae.requires_grad_(False)  # stays as it was pretrained
+        pipeline.vae.requires_grad_(False)
     stage = dict(recipe["rollouts"])
     loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
     finish = None
