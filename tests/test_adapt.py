@@ -220,28 +220,35 @@ def test_a_killed_adaptation_resumes_to_the_same_weights(
     assert_same_weights(whole, run(load(base), out=tmp_path / "killed"))
 
 
-@pytest.mark.parametrize("robot", ["panda", "sawyer"])
+@pytest.mark.parametrize(("robot", "members"), [("panda", 1), ("sawyer", 1), ("panda", 2)])
 def test_the_motion_of_known_robots_ends_half_way(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, robot: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, robot: str, members: int
 ) -> None:
     assert adaptation.RECIPES["adapt"]["halfway"] and "halfway" not in adaptation.RECIPES["extend"]
     short = {name: stage | {"steps": 5} for name, stage in adaptation.RECIPES["debug"].items()}
     monkeypatch.setitem(adaptation.RECIPES, "debug", {"halfway": True} | short)
     data = [
         replace(arrays, records=tuple(replace(record, robot=robot) for record in arrays.records))
-        for arrays in (new_world(3), new_world(1, seed=1))
+        for arrays in (new_world(8), new_world(1, seed=1))
     ]
+    many = load(base)
+    many.register_modules(proprioception=many.proprioception.untrained(members))
+    many.save_pretrained(base)
     adapted = adapt(load(base), *data, tmp_path / "out", recipe="debug").proprioception
     again = adapt(load(base), *data, tmp_path / "out", recipe="debug").proprioception
-    all_the_way = ProprioceptionModel.from_pretrained(tmp_path / "out" / "proprioception-0")
-    old, moved = load(base).proprioception.members.state_dict(), 0
-    for name, weight in adapted.members.state_dict().items():
-        end = all_the_way.members.state_dict()[name]
-        expected = end if robot == "sawyer" else (old[name] + end) / 2
-        torch.testing.assert_close(weight, expected)
-        assert torch.equal(again.members.state_dict()[name], weight)
-        moved += int(not torch.equal(end, old[name]))
-    assert moved > 5
+    old, number = load(base).proprioception.members.state_dict(), len(adapted.members)
+    assert number == members
+    for member in range(number):
+        all_the_way = ProprioceptionModel.from_pretrained(tmp_path / "out" / f"proprioception-{member}")
+        moved = 0
+        for name, end in all_the_way.members.state_dict().items():
+            key = f"{member}.{name.removeprefix('0.')}"
+            weight = adapted.members.state_dict()[key]
+            expected = end if robot == "sawyer" else (old[key] + end) / 2
+            torch.testing.assert_close(weight, expected)
+            assert torch.equal(again.members.state_dict()[key], weight)
+            moved += int(not torch.equal(end, old[key]))
+        assert moved > 5
 
 
 @pytest.mark.slow
@@ -277,6 +284,12 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pyt
     coarse = replace(arrays, actions=arrays.actions[:, :2])
     with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the new episodes have \(2, 7\)"):
         run(coarse, coarse, recipe="debug")
+    short = episodes(2, length=2)
+    with pytest.raises(ValueError, match="No training episode has 3 frames, its first one and a chunk"):
+        run(short, short, out=tmp_path / "short", recipe="debug")
+    with pytest.raises(ValueError, match="No training episode has 3 frames"):
+        train(short, short, tmp_path / "shorter", preset="debug")
+    assert not list(tmp_path.glob("short*/proprioception*"))
     with pytest.raises(ValueError, match="lora_rank must be at least 1, got 0"):
         run(arrays, arrays, recipe="debug", lora_rank=0)
     with pytest.raises(ValueError, match=r"'debug' keeps the members of the proprioception: leave num_members out"):

@@ -114,7 +114,7 @@ def test_a_step_gives_the_networks_what_a_step_of_an_environment_gives_them(monk
 def test_episodes_without_a_whole_chunk_are_left_out(tmp_path: Path) -> None:
     pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5)
     short = arrays.lengths.clone()
-    with pytest.raises(ValueError, match="No episode has a chunk of 2 frames"):
+    with pytest.raises(ValueError, match="No training episode has 3 frames"):
         make(pipeline, replace(arrays, lengths=torch.full_like(short, pipeline.chunk_frames)))
     short[[0, 3]] = pipeline.chunk_frames
     writer = SummaryWriter(str(tmp_path))

@@ -22,6 +22,7 @@ from prophet_gym.world_model.training import (
     set_robots,
 )
 from prophet_gym.world_model.transformer import with_memory
+from prophet_gym.world_model.video_rollouts import has_chunk
 
 RECIPES: dict[str, dict[str, Any]] = {
     # A few episodes: a quarter of an hour on one core. They are too few to tell how far to go: the motion ends half-way
@@ -54,7 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rollouts": {"steps": 40, "batch_size": 4, "learning_rate": 3e-3},
     },
 }
-"""Stages and their steps, as in `prophet_gym.world_model.training.PRESETS`."""
+"""Stages and their steps, as in `prophet_gym.world_model.training.PRESETS`. "anew": the proprioception begins with
+random weights; "halfway": it ends half-way, see `adapt`; "memory": the levels that a transformer without one gets."""
 
 
 def adapt(
@@ -96,8 +98,8 @@ def adapt(
     Raises:
         ValueError: unknown recipe, lora_rank below 1 or where it is of no use, num_members below 1 or where
             no proprioception is trained anew, or episodes of another stride, size or robot state than the pipeline's,
-            of more robots than it has slots, or of robots that do not agree with it, see `set_robots`; or `out` is
-            another run's, see `claim`.
+            all shorter than a chunk, of more robots than it has slots, or of robots that do not agree with it, see
+            `set_robots`; or `out` is another run's, see `claim`.
         ImportError: lora_rank is given and peft is not installed.
     """
     if recipe not in RECIPES:
@@ -144,6 +146,8 @@ def adapt(
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
+    if has_video:
+        has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     stages = RECIPES[recipe]
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of new weights

@@ -50,6 +50,7 @@ class ProphetAutoencoder(ModelMixin, ConfigMixin):
     """
 
     spatial_compression = 8
+    frozen = False  # its weights are for training
 
     @register_to_config
     def __init__(

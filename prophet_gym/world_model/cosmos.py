@@ -210,9 +210,12 @@ class ProphetCosmosAutoencoder(AutoencoderKLWan):
     It is causal and would put four video frames into one latent frame, but its first latent frame always holds one
     video frame. So each frame is a clip of its own: a latent frame belongs to exactly one video frame and its actions,
     as everywhere in Prophet, exactly as the weights were trained for first frames, for four times as many latents.
+
+    It stays as it was pretrained: training leaves its weights alone.
     """
 
     spatial_compression = 8
+    frozen = True
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Encode frames, float (N, 3, H, W) in [-1, 1], H and W multiples of 8, to latents (N, C, H / 8, W / 8)."""

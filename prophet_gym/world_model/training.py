@@ -27,7 +27,7 @@ from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss,
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
-from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
+from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss, has_chunk
 
 MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 """Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
@@ -242,7 +242,8 @@ def train(
         The trained pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown preset, or one that does not go with `pretrained`; or `out` is another run's, see `claim`.
+        ValueError: unknown preset, or one that does not go with `pretrained`; episodes that are all shorter than a
+            chunk, or do not go together, see `set_robots`; or `out` is another run's, see `claim`.
         OSError: a folder of `pretrained` holds no model.
     """
     if preset not in PRESETS:
@@ -297,6 +298,7 @@ def train(
 
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
+    has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
     latents = fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
     fit_video(pipeline, train_arrays, val_arrays, latents, out, recipe, seed)
@@ -332,13 +334,13 @@ def fit_autoencoder(
     pipeline: ProphetPipeline, arrays: EpisodeArrays, out: Path, recipe: dict[str, Any], seed: int
 ) -> torch.Tensor:
     """The stage of the autoencoder, as `fit_proprioception`, if the recipe has one; the mean and scale of its latents
-    become part of it. Cosmos's stays as it was pretrained.
+    become part of it. One that is frozen stays as it was pretrained.
 
     Returns:
         float16 (N, C, h, w), all frames of `arrays` encoded.
     """
     vae = pipeline.vae
-    if "autoencoder" not in recipe or isinstance(vae, ProphetCosmosAutoencoder):
+    if "autoencoder" not in recipe or vae.frozen:
         return encode_frames(vae, arrays.frames)
     stage = dict(recipe["autoencoder"])
     projections = pipeline.projection(arrays.suites)
@@ -361,16 +363,15 @@ def fit_video(
     seed: int,
     lora_rank: int | None = None,
 ) -> None:
-    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`. Cosmos's
-    autoencoder stays as it was pretrained, and frozen.
+    """The stage "rollouts": transformer and decoder, whose weights change in place, see `VideoRolloutLoss`. A frozen
+    autoencoder stays as it was pretrained.
 
     Args:
         latents: float16 (N, C, h, w), all frames of `train_arrays` encoded.
         recipe: as in `PRESETS`.
         lora_rank: if given, the transformer learns in low-rank adapters, which are fused at the end.
     """
-    if isinstance(pipeline.vae, ProphetCosmosAutoencoder):
-        pipeline.vae.requires_grad_(False)
+    pipeline.vae.requires_grad_(not pipeline.vae.frozen)
     stage = dict(recipe["rollouts"])
     loss_fn = VideoRolloutLoss(pipeline, train_arrays, latents, stage.pop("batch_size"), stage["steps"])
     finish = None

@@ -70,6 +70,21 @@ class VideoModels(ModelMixin, ConfigMixin):
         return models
 
 
+def has_chunk(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> torch.Tensor:
+    """Which episodes have a whole chunk, bool (E,): the others are not drawn.
+
+    Raises:
+        ValueError: none has.
+    """
+    whole = arrays.lengths > pipeline.chunk_frames
+    if not whole.any():
+        raise ValueError(
+            f"No training episode has {pipeline.chunk_frames + 1} frames, its first one and a chunk; the longest has "
+            f"{int(arrays.lengths.max())}: record longer ones."
+        )
+    return whole
+
+
 class VideoRolloutLoss(ReplayLoss):
     """Error of transformer and decoder on their own rollouts, in latents and in pixels.
 
@@ -94,7 +109,7 @@ class VideoRolloutLoss(ReplayLoss):
             the usual remedy against drift where there is no own history.
 
     Raises:
-        ValueError: no episode has a whole chunk.
+        ValueError: no episode has a whole chunk, see `has_chunk`.
     """
 
     def __init__(
@@ -107,13 +122,7 @@ class VideoRolloutLoss(ReplayLoss):
         told: float = TOLD,
         history_noise: float = 0.0,
     ) -> None:
-        whole = arrays.lengths > pipeline.chunk_frames  # an episode without a whole chunk is not drawn
-        if not whole.any():
-            longest = int(arrays.lengths.max())
-            raise ValueError(
-                f"No episode has a chunk of {pipeline.chunk_frames} frames after its first one, the longest {longest}."
-            )
-        super().__init__(pipeline, arrays, batch_size, whole * suite_weights(arrays))
+        super().__init__(pipeline, arrays, batch_size, has_chunk(pipeline, arrays) * suite_weights(arrays))
         self.pipeline, self.latents, self.steps = pipeline, latents, steps
         self.told, self.history_noise = told, history_noise
         self._holds = track_holds(arrays)
