@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from prophet_gym.data.episode import SEED_SPLITS, SPLITS
 from prophet_gym.data.instructions import TABLE
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.simulators import fetch, metaworld, two_arm
+from prophet_gym.simulators import fetch, loading, metaworld, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
@@ -542,3 +543,25 @@ def test_a_missing_simulator_names_its_extra(monkeypatch, simulation, package, e
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(ImportError, match=rf'pip install "prophet-gym\[{extra}\]"'):
         simulation(extra, 0)
+
+
+@pytest.mark.parametrize(
+    ("simulation", "suite", "package"),
+    [
+        pytest.param(metaworld.MetaWorldSimulation, "metaworld", "metaworld", marks=pytest.mark.metaworld),
+        pytest.param(fetch.FetchSimulation, "fetch", "gymnasium_robotics", marks=pytest.mark.fetch),
+        pytest.param(two_arm.TwoArmSimulation, "two_arm_lift", "robosuite", marks=pytest.mark.libero),
+    ],
+)
+def test_missing_opengl_says_what_to_install(monkeypatch, simulation, suite, package):
+    pytest.importorskip(package)
+    monkeypatch.setitem(sys.modules, "prophet_gym.simulators.frame_renderer", None)  # cannot be imported
+    with pytest.raises(ImportError, match=r"installed but cannot be loaded .*libegl1"):
+        simulation(suite, 0)
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, RuntimeError])
+def test_whatever_fails_without_opengl_is_explained(error):
+    explained = pytest.raises(ImportError, match=r"A simulator is installed but cannot be loaded \(no EGL\)")
+    with explained, loading("A simulator"):
+        raise error("no EGL")

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.simulators import prepare_opengl
+from prophet_gym.simulators import loading
 from prophet_gym.simulators.experts.fetch_scripts import FetchScene, PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.rehearsal import Expert
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
@@ -47,16 +47,16 @@ class FetchSimulation:
         image_size: height and width of the frames, pixels.
 
     Raises:
-        ImportError: gymnasium-robotics is not installed.
+        ImportError: gymnasium-robotics or OpenGL is not installed.
     """
 
     def __init__(self, suite: str, task: int, image_size: int = 96) -> None:
         if importlib.util.find_spec("gymnasium_robotics") is None:
             raise ImportError('gymnasium-robotics is not installed: pip install "prophet-gym[fetch]"')
-        prepare_opengl()
-        import gymnasium_robotics
+        with loading("gymnasium-robotics"):
+            import gymnasium_robotics
 
-        from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
+            from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
 
         name = list(TASKS)[task]
         self.suite, self.task, self.image_size, self.instruction = suite, task, image_size, TASKS[name]

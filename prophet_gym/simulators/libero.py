@@ -22,6 +22,7 @@ from prophet_gym.data.episode import (
     SPLITS,
 )
 from prophet_gym.data.instructions import EMBEDDING_DIM, embed_instructions
+from prophet_gym.simulators import loading
 
 if TYPE_CHECKING:
     from prophet_gym.simulators.libero_simulation import LiberoSimulation
@@ -274,13 +275,8 @@ def _simulation_module() -> Any:
     for package in ("libero", "robosuite", "mujoco"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f'LIBERO needs the package {package!r}: pip install "prophet-gym[libero]"')
-    try:
+    with loading("LIBERO"):
         from prophet_gym.simulators import libero_simulation
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise ImportError(
-            f"LIBERO is installed but cannot be loaded ({error}). Most often OpenGL is missing: install it (Debian, "
-            "Ubuntu: apt install libegl1 libgl1-mesa-dri), or osmesa (apt install libosmesa6, set MUJOCO_GL=osmesa)."
-        ) from error
     return libero_simulation
 
 

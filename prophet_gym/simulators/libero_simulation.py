@@ -1,7 +1,7 @@
 """One LIBERO task in MuJoCo: stepping without cameras, frames on demand. Everything LIBERO-specific is here.
 
 This module imports LIBERO, robosuite and MuJoCo when it is imported; :mod:`prophet_gym.simulators.libero` imports it
-lazily and turns a failure into a readable error.
+lazily, once OpenGL is set up, and turns a failure into a readable error.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import mujoco
 import numpy as np
+import robosuite.macros
 from numpy.typing import NDArray
-
-from prophet_gym.simulators import prepare_opengl
-
-prepare_opengl()
-
-import mujoco  # noqa: E402
-import robosuite.macros  # noqa: E402
 
 robosuite.macros.ENABLE_NUMBA = False  # its compiled functions are not used here and take seconds to compile
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.simulators import prepare_opengl
+from prophet_gym.simulators import loading
 from prophet_gym.simulators.hand_pose import DOWNWARD_X, multiply, proprioception
 
 Array = NDArray[np.float64]
@@ -62,17 +62,17 @@ class MetaWorldSimulation:
         image_size: height and width of the frames, pixels.
 
     Raises:
-        ImportError: Meta-World is not installed.
+        ImportError: Meta-World or OpenGL is not installed.
     """
 
     def __init__(self, suite: str, task: int, image_size: int = 96) -> None:
         if importlib.util.find_spec("metaworld") is None:
             raise ImportError('Meta-World is not installed: pip install "prophet-gym[metaworld]"')
-        prepare_opengl()
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-        from metaworld.policies import ENV_POLICY_MAP
+        with loading("Meta-World"):
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+            from metaworld.policies import ENV_POLICY_MAP
 
-        from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
+            from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
 
         name = list(TASKS)[task]
         self.suite, self.task, self.image_size, self.instruction = suite, task, image_size, TASKS[name]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.simulators import prepare_opengl
+from prophet_gym.simulators import loading
 from prophet_gym.simulators.experts.two_arm_script import LiftPot
 from prophet_gym.simulators.hand_pose import proprioception
 
@@ -38,20 +38,22 @@ class TwoArmSimulation:
         image_size: height and width of the frames, pixels.
 
     Raises:
-        ImportError: robosuite, or LIBERO which adapts it to today's MuJoCo, is not installed.
+        ImportError: robosuite, or LIBERO which adapts it to today's MuJoCo, or OpenGL is not installed.
     """
 
     def __init__(self, suite: str, task: int, image_size: int = 96) -> None:
         if any(importlib.util.find_spec(package) is None for package in ("robosuite", "libero")):
             raise ImportError('robosuite or LIBERO is not installed: pip install "prophet-gym[libero]"')
-        prepare_opengl()
-        import robosuite.macros
+        with loading("robosuite"):
+            import robosuite.macros
 
-        robosuite.macros.ENABLE_NUMBA = False  # its compiled functions are not used here and take seconds to compile
-        import libero.libero.envs  # noqa: F401, as a side effect it lets robosuite 1.4 run on today's MuJoCo
+            robosuite.macros.ENABLE_NUMBA = (
+                False  # its compiled functions are not used here and take seconds to compile
+            )
+            import libero.libero.envs  # noqa: F401, as a side effect it lets robosuite 1.4 run on today's MuJoCo
 
-        from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
-        from prophet_gym.simulators.osc_pose import OscPose
+            from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera
+            from prophet_gym.simulators.osc_pose import OscPose
 
         self.suite, self.task, self.image_size, self.instruction = suite, task, image_size, TASKS[task]
         global_state = np.random.get_state()  # robosuite draws from the global stream: leave it as it was
