@@ -91,8 +91,8 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
 def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> None:
     train, val = episodes(16, told_by=told_by), episodes(12, seed=1, told_by=told_by)
     classifier, metrics = train_success_classifier(train, val, tmp_path, steps=60, batch_size=16, learning_rate=3e-3)
-    suite, motion = metrics
-    assert motion == f"{suite}/motion"
+    suite, balanced, motion, balanced_motion = metrics
+    assert (balanced, motion, balanced_motion) == (f"{suite}/balanced", f"{suite}/motion", f"{suite}/motion/balanced")
     assert metrics[suite]["accuracy"] == 1.0 and metrics[suite]["frame_auroc"] > 0.99
     assert (metrics[motion]["accuracy"] == 1.0) == (told_by == "motion")
     loaded = SuccessClassifier.from_pretrained(tmp_path / "reward")
@@ -101,6 +101,7 @@ def test_training_finds_the_rule_and_is_saved(tmp_path: Path, told_by: str) -> N
     logits = frame_logits(loaded, val)
     peak, solved = episode_peaks(val, loaded.probability(logits))
     assert (peak >= loaded.balanced_threshold[suite]).sum() == solved.sum()
+    assert metrics[balanced]["threshold"] == loaded.balanced_threshold[suite]
     if told_by == "motion":
         peak, solved = episode_peaks(val, loaded.motion_probability(logits[:, 1]))
         assert (peak >= loaded.balanced_motion_threshold[suite]).sum() == solved.sum()

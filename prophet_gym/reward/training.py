@@ -196,7 +196,8 @@ def calibrate(
 
     Returns:
         Metrics of each suite (see `episode_metrics`; and the AUROC over frames) of the verdict with video, and of that
-        of the motion alone under "SUITE/motion".
+        of the motion alone under "SUITE/motion"; at their balanced thresholds under "SUITE/balanced" and
+        "SUITE/motion/balanced".
     """
     logits = frame_logits(classifier, arrays)
     scale, classifier.logit_bias[...] = _fit_logistic(logits, arrays.success)
@@ -223,6 +224,7 @@ def calibrate(
             metrics[suite + verdict] = {"frame_auroc": auroc} | episode_metrics(
                 peak[own], solved[own], thresholds[suite]
             )
+            metrics[f"{suite}{verdict}/balanced"] = episode_metrics(peak[own], solved[own], balanced[suite])
         classifier.register_to_config(**{name: thresholds, f"balanced_{name}": balanced})
     return metrics
 
