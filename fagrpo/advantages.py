@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(
-    returns: Tensor, group_ids: Tensor, eps: float = 1e-6, mask_constant: bool = True
-) -> tuple[Tensor, Tensor]:
+def group_advantages(returns: Tensor, group_ids: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Normalise returns within each group: (R - mean) / (std + eps), with the population standard deviation.
 
     A group whose returns are all equal says nothing about which action was better. Its advantages are exactly 0,
@@ -15,7 +13,6 @@ def group_advantages(
     :param returns: (N,) finite
     :param group_ids: (N,) integers; rows in any order, groups of any size
     :param eps: added to the standard deviation, >= 0
-    :param mask_constant: whether rows of constant groups get mask False; their advantage is 0 either way
     :return: advantages float32 (N,) (float64 for float64 returns) and mask bool (N,)
     :raises ValueError: shapes that differ, returns that are not finite
     """
@@ -45,5 +42,4 @@ def group_advantages(
     centred = shifted - mean[group]
     std = (torch.zeros_like(count).index_add_(0, group, centred.square()) / count).sqrt()
     advantages = torch.where(informative, centred / (std[group] + eps), torch.zeros_like(centred))
-    mask = informative if mask_constant else torch.ones_like(informative)
-    return advantages.to(dtype), mask
+    return advantages.to(dtype), informative

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,8 +159,7 @@ def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[
 
 def train(arguments: argparse.Namespace) -> int:
     """FA-GRPO from a cloned policy; resumes from the newest checkpoint in ``--out``."""
-    from prophet_gym.data.lerobot_format.schema import write_json
-    from prophet_gym.run_folder import weights_checksum
+    from prophet_gym.run_folder import claim, weights_checksum
 
     given = {name: getattr(arguments, name) for name in ("suite", "dtype", "world_model", "reward_model")}
     env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -191,18 +189,15 @@ def train(arguments: argparse.Namespace) -> int:
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
     run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
-    file = arguments.out / "run.json"
+    if checkpoints and not (arguments.out / "run.json").exists():
+        raise ValueError(
+            f"{arguments.out} holds checkpoints, but no run.json that says of what run: choose another --out"
+        )
+    claim(arguments.out, **run)
     if checkpoints:
         print(f"Resuming from {checkpoints[-1]}")
-        saved = json.loads(file.read_text()) if file.exists() else {}
-        if other := [name for name in sorted(run | saved) if run.get(name) != saved.get(name)]:
-            raise ValueError(
-                f"{checkpoints[-1]} was made with {', '.join(f'{name} {saved.get(name)}' for name in other)}: give the "
-                "same arguments to resume, or another --out to start afresh"
-            )
         model = FAGRPO.load(checkpoints[-1], env=env, device=arguments.device)
     else:
-        write_json(file, run)
         model = FAGRPO(
             policy,
             env,
@@ -216,6 +211,7 @@ def train(arguments: argparse.Namespace) -> int:
         every = max(1, arguments.checkpoint_every // arguments.num_envs)
         callback = CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint")
         model.learn(remaining, callback, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
+        model.save(arguments.out / f"checkpoint_{model.num_timesteps}_steps")  # from which more --steps go on
     (model.average_policy or model.policy).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     env.close()

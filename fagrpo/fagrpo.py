@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self, cast
 
@@ -180,62 +181,8 @@ class FAGRPO(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        for name, value, choices in (
-            ("ratio", ratio, RATIOS),
-            ("advantage", advantage, ADVANTAGES),
-            ("flow_scale", flow_scale, FLOW_SCALES),
-            ("flow_scale_placement", flow_scale_placement, PLACEMENTS),
-            ("noise_schedule", noise_schedule, SCHEDULES),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-        counts = {
-            "group_size": group_size,
-            "n_groups": n_groups,
-            "n_steps": n_steps,
-            "max_episode_steps": max_episode_steps,
-        }
-        counts |= {
-            "batch_size": batch_size,
-            "micro_batch_size": micro_batch_size,
-            "n_epochs": n_epochs,
-            "sde_window": sde_window,
-            "stats_window_size": stats_window_size,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if group_size < 2:
-            raise ValueError("group_size must be at least 2: an advantage compares the rollouts of a group")
-        if not noise_level > 0:
-            raise ValueError(
-                f"noise_level must be positive (an ODE has no probabilities to train on), got {noise_level}"
-            )
-        if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
-        for name, number in (("kl_coef", kl_coef), ("bc_coef", bc_coef), ("advantage_eps", advantage_eps)):
-            if not number >= 0:
-                raise ValueError(f"{name} must not be negative, got {number}")
-        if target_kl is not None and not target_kl > 0:
-            raise ValueError(f"target_kl must be positive, got {target_kl}; None is no limit")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        if flow_scale_kwargs:
-            if flow_scale != "paper":
-                raise ValueError(f"flow_scale_kwargs belong to flow_scale='paper', not to {flow_scale!r}")
-            try:
-                flow_scale_weights(torch.ones(1), **flow_scale_kwargs)
-            except TypeError as error:
-                raise ValueError(f"flow_scale_kwargs: {error}; see fagrpo.flow_scale.flow_scale_weights") from error
         if bc_coef > 0 and demonstrations is None:
             raise ValueError("bc_coef > 0 needs demonstrations")
-        if group_options is not None and n_steps is not None:
-            raise ValueError("group_options need whole episodes: leave n_steps out")
-        if n_groups is not None and n_steps is not None:
-            raise ValueError("n_groups is for whole episodes: with n_steps, the number of environments sets it")
-
         initial_policy: FlowPolicy | None = None
         policy_class: str | type[FlowPolicy]
         if isinstance(policy, str | type):
@@ -290,12 +237,12 @@ class FAGRPO(OnPolicyAlgorithm):
         self.kl_coef = kl_coef
         self.target_kl = target_kl
         self.flow_scale = flow_scale
-        self.flow_scale_kwargs = dict(flow_scale_kwargs or {})
+        self.flow_scale_kwargs: dict[str, float] = dict(flow_scale_kwargs or {})
         self.flow_scale_placement = flow_scale_placement
         self.noise_level = noise_level
         self.noise_schedule = noise_schedule
         self.sde_window = sde_window
-        self.action_mask = None if action_mask is None else np.asarray(action_mask, dtype=bool)
+        self.action_mask = action_mask
         self.bc_coef = bc_coef
         self.demonstrations = demonstrations
         self.ema_decay = ema_decay
@@ -316,6 +263,10 @@ class FAGRPO(OnPolicyAlgorithm):
     # ---- set-up
 
     def _setup_model(self) -> None:
+        self.flow_scale_kwargs = self.flow_scale_kwargs or {}
+        if self.action_mask is not None:
+            self.action_mask = np.asarray(self.action_mask, dtype=bool)
+        self._check_settings()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)  # makes _generator and _start_rng
         self.clip_range = FloatSchedule(self.clip_range)
@@ -343,6 +294,59 @@ class FAGRPO(OnPolicyAlgorithm):
             )
         if self.env is not None and self.n_steps is None:
             self._count_groups(self.env)
+
+    def _check_settings(self) -> None:
+        """Of the constructor, or of `load`, which overrides what was saved."""
+        for name, choices in (
+            ("ratio", RATIOS),
+            ("advantage", ADVANTAGES),
+            ("flow_scale", FLOW_SCALES),
+            ("flow_scale_placement", PLACEMENTS),
+            ("noise_schedule", SCHEDULES),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        for name, least in (
+            ("group_size", 2),  # an advantage compares the rollouts of a group
+            ("n_groups", 1),
+            ("n_steps", 1),
+            ("max_episode_steps", 1),
+            ("batch_size", 1),
+            ("micro_batch_size", 1),
+            ("n_epochs", 1),
+            ("sde_window", 1),
+            ("stats_window_size", 1),
+        ):
+            if (count := getattr(self, name)) is not None and count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
+        if not self.noise_level > 0:
+            raise ValueError(
+                f"noise_level must be positive (an ODE has no probabilities to train on), got {self.noise_level}"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be greater than 1, got {self.dual_clip}")
+        for name in ("kl_coef", "bc_coef", "advantage_eps"):
+            if not (number := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must not be negative, got {number}")
+        for name in ("clip_range", "clip_range_high", "target_kl", "max_grad_norm"):
+            number = getattr(self, name)
+            if number is not None and not callable(number) and not number > 0:
+                raise ValueError(f"{name} must be positive, got {number}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.flow_scale_kwargs:
+            if self.flow_scale != "paper":
+                raise ValueError(f"flow_scale_kwargs belong to flow_scale='paper', not to {self.flow_scale!r}")
+            try:
+                flow_scale_weights(torch.ones(1), **self.flow_scale_kwargs)
+            except TypeError as error:
+                raise ValueError(f"flow_scale_kwargs: {error}; see fagrpo.flow_scale.flow_scale_weights") from error
+        if self.group_options is not None and self.n_steps is not None:
+            raise ValueError("group_options need whole episodes: leave n_steps out")
+        if self.n_groups is not None and self.n_steps is not None:
+            raise ValueError("n_groups is for whole episodes: with n_steps, the number of environments sets it")
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seed everything random: what SB3 seeds, the flow's noise, the order of minibatches and the groups' starts.
@@ -430,6 +434,7 @@ class FAGRPO(OnPolicyAlgorithm):
             cut_off = self._collect_steps(env, callback, rollout_buffer, n_rollout_steps)
         if cut_off is None:
             return False
+        self._starts_checked = True  # one rollout tells
         statistics = rollout_buffer.finish(self.gamma, self.advantage, self.advantage_eps, cut_off)
         if statistics["largest_group"] < 2 and not self._lonely_groups:
             self._lonely_groups = True
@@ -455,20 +460,29 @@ class FAGRPO(OnPolicyAlgorithm):
         env.unwrapped._seeds = [int(seed) for seed in seeds]
         return env.reset()
 
-    def _check_starts(self, obs: VecEnvObs, groups: np.ndarray) -> None:
-        """Warn, once, if environments that were reset with one seed begin with different observations."""
-        leaders = np.searchsorted(groups, groups)  # the first of each group, which are neighbours
-        values = obs.values() if isinstance(obs, dict) else [cast(np.ndarray, obs)]
-        if not all(np.array_equal(value, value[leaders]) for value in values):
-            warnings.warn(
-                "Environments of one group were reset with the same seed and begin with different observations. "
-                "Advantages compare the rollouts of a group, which should share their start: draw it from "
-                "self.np_random in the environment, or name it in group_options. (Noise on the observation alone is no "
-                "harm.)",
-                UserWarning,
-                stacklevel=2,
-            )
-        self._starts_checked = True
+    def _check_starts(self, obs: VecEnvObs, groups: np.ndarray, first: dict[int, list[np.ndarray]]) -> None:
+        """Warn, once, if environments of one group begin with different observations.
+
+        :param groups: (n_envs,), the group of each. first: the first observation of every group so far, which grows
+        """
+        if self._starts_checked:
+            return
+        if self._vec_normalize_env is not None:  # its scale changes with every step
+            obs = self._vec_normalize_env.get_original_obs()
+        values = list(obs.values()) if isinstance(obs, dict) else [cast(np.ndarray, obs)]
+        for index, group in enumerate(groups.tolist()):
+            own = [value[index].copy() for value in values]
+            if not all(map(np.array_equal, own, first.setdefault(group, own))):
+                warnings.warn(
+                    "Environments of one group were reset with the same seed, or the same group_options, and begin "
+                    "with different observations. Advantages compare the rollouts of a group, which should share their "
+                    "start: draw it from self.np_random in the environment, or name all of it in group_options. (Noise "
+                    "on the observation alone is no harm.)",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                self._starts_checked = True
+                return
 
     def _draw_seeds(self, count: int) -> np.ndarray:
         return self._start_rng.integers(2**31 - 1, size=count)
@@ -484,14 +498,14 @@ class FAGRPO(OnPolicyAlgorithm):
             seeds = self._draw_seeds(n_groups * self.group_size)
             chosen = [self.group_options(self._start_rng) for _ in range(n_groups)]
             options = [chosen[i // self.group_size] for i in range(n_groups * self.group_size)]
+        first_observations: dict[int, list[np.ndarray]] = {}
         for first in range(0, n_groups * self.group_size, env.num_envs):
             episodes = first + np.arange(env.num_envs)
             groups = episodes // self.group_size
             for episode, group in zip(episodes.tolist(), groups.tolist(), strict=True):
                 rollout_buffer.start_episode(episode, group)
             obs = self._reset(env, seeds[episodes], options and options[first : first + env.num_envs])
-            if options is None and not self._starts_checked:
-                self._check_starts(obs, groups)
+            self._check_starts(obs, groups, first_observations)
             running = np.ones(env.num_envs, dtype=bool)
             for step in range(self.max_episode_steps):
                 rows = np.flatnonzero(running)
@@ -530,6 +544,8 @@ class FAGRPO(OnPolicyAlgorithm):
         for index in range(env.num_envs):
             declare(index)
         obs = self._reset(env, seeds)
+        first_observations: dict[int, list[np.ndarray]] = {}
+        self._check_starts(obs, slots, first_observations)
         for _ in range(n_steps):
             result = self._step(env, callback, rollout_buffer, obs, np.arange(env.num_envs), episodes, steps)
             if result is None:
@@ -545,6 +561,7 @@ class FAGRPO(OnPolicyAlgorithm):
                 if ordinals[0] % self.group_size == 0:
                     seeds = self._draw_seeds(1)
                 obs = self._reset(env, seeds)
+                self._check_starts(obs, ordinals // self.group_size, first_observations)
             self._last_obs = obs  # type: ignore[assignment]
             self._last_episode_starts = dones
         return frozenset(int(episodes[i]) for i in range(env.num_envs) if ordinals[i] > 0 and steps[i] > 0)
@@ -808,12 +825,22 @@ class FAGRPO(OnPolicyAlgorithm):
                 raise ValueError(
                     "bc_coef > 0 needs demonstrations; they are not saved with a model: set model.demonstrations"
                 )
+            if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
+                raise ValueError(
+                    "VecNormalize normalises the environments' observations and not those of the demonstrations: leave "
+                    "bc_coef out, or make it with norm_obs=False"
+                )
             self._bc_data = DemonstrationTensors(self.demonstrations, self.policy)
         if self._ema is not None and int(self._ema.n_averaged) == 1:
             self._make_average()  # again: weights may have been loaded or cloned since
         self._ratio_checked = self._lonely_groups = self._starts_checked = False
+        window = self.stats_window_size or 100
         if self.stats_window_size is None and self.n_steps is None and self.env is not None:
-            self._stats_window_size = self._count_groups(self.env) * self.group_size
+            window = self._count_groups(self.env) * self.group_size
+        self._stats_window_size = window
+        for name in ("ep_info_buffer", "ep_success_buffer"):  # which a model that goes on keeps
+            if (episodes := getattr(self, name)) is not None and episodes.maxlen != window:
+                setattr(self, name, deque(episodes, maxlen=window))
         super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         self._rollout_start = None  # a callback may have ended training amid a rollout, for good
         return self

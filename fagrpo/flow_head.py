@@ -56,7 +56,8 @@ class MlpFlowHead(nn.Module):
     """Flow head over a flattened action chunk: residual MLP blocks, modulated by the context and the time.
 
     It predicts the clean action x_0, which fits faster than the velocity at this scale, and returns the velocity
-    ``v = (x_t - x_0) / t``. Samplers evaluate it at t >= 1 / K; below ``min_time`` the division uses ``min_time``.
+    ``v = (x_t - x_0) / t``. Below ``min_time`` the division uses ``min_time``; K even steps of a sampler evaluate it
+    at t >= 1 / K.
 
     :param action_shape: A
     :param context_dim: C

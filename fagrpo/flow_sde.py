@@ -199,8 +199,13 @@ class FlowChain:
         if not chains:
             raise ValueError("there are no chains to concatenate")
         first = chains[0]
-        if any(chain.schedule != first.schedule or not torch.equal(chain.stds, first.stds) for chain in chains):
-            raise ValueError("chains of different noise schedules or stochastic steps cannot be concatenated")
+        if any(
+            chain.schedule != first.schedule
+            or not torch.equal(chain.times, first.times)
+            or not torch.equal(chain.stds, first.stds)
+            for chain in chains
+        ):
+            raise ValueError("chains of different times, noise schedules or stochastic steps cannot be concatenated")
         return replace(
             first,
             states=torch.cat([chain.states for chain in chains], dim=1),

@@ -103,14 +103,15 @@ def color_jitter(images: Tensor, strength: float, generator: torch.Generator | N
     return jittered.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
+def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations, rows: np.ndarray) -> None:
     """Store the normalisation of vector observations and actions in the policy.
 
     Action statistics are per last dimension, over rows and chunk positions. Custom encoders keep their own
     normalisation.
 
     :param policy: changed in place
-    :param demonstrations: training rows
+    :param demonstrations: in memory
+    :param rows: int (N,), those of the training
     """
     encoder = policy.features_extractor
     if isinstance(encoder, FlowObservationEncoder):
@@ -123,9 +124,9 @@ def set_statistics(policy: FlowPolicy, demonstrations: Demonstrations) -> None:
                 space = policy.observation_space
             if not isinstance(space, spaces.Box):  # one-hot encoded by SB3: nothing to normalise
                 continue
-            values = torch.as_tensor(entries[key]).double().flatten(1)
+            values = torch.as_tensor(entries[key][rows]).double().flatten(1)
             encoder.set_statistics(key, values.mean(0).float(), values.std(0, correction=0).float())
-    actions = torch.as_tensor(demonstrations.actions).double().flatten(0, -2)
+    actions = torch.as_tensor(demonstrations.actions[rows]).double().flatten(0, -2)
     mean, std = actions.mean(0).float(), actions.std(0, correction=0).float()
     policy.set_action_statistics(mean.expand(policy.action_shape), std.expand(policy.action_shape))
 
@@ -135,7 +136,7 @@ class DemonstrationTensors:
 
     :param demonstrations: in memory, which the tensors share
     :param policy: whose observations and actions they are to fit
-    :raises ValueError: an action of another shape, or a lack of observations that the policy sees
+    :raises ValueError: actions or observations of another shape than the policy's, or a lack of observations
     """
 
     def __init__(self, demonstrations: Demonstrations, policy: FlowPolicy) -> None:
@@ -151,6 +152,11 @@ class DemonstrationTensors:
         missing = [key for key in wanted if key not in entries]
         if missing:
             raise ValueError(f"the demonstrations lack the observations {missing}; they have {', '.join(entries)}")
+        for key in wanted:
+            expected, got = (space[key] if isinstance(space, spaces.Dict) else space).shape, entries[key].shape[1:]
+            # Channels of an image come first or last.
+            if got != expected and not (len(got) == 3 and sorted(got) == sorted(expected or ())):
+                raise ValueError(f"the demonstrations' {key!r} has shape {got}, the policy's {expected}")
         self.entries = {key: torch.from_numpy(np.ascontiguousarray(entries[key])) for key in wanted}
         self.actions = torch.from_numpy(np.ascontiguousarray(demonstrations.actions, dtype=np.float32))
 
@@ -245,7 +251,7 @@ def behaviour_cloning(
     train_index = torch.from_numpy(train_rows)
     every = -(-len(validation_rows) // MAX_VALIDATION_ROWS) or 1
     validation_index = torch.from_numpy(validation_rows[::every])
-    set_statistics(policy, demonstrations.rows(train_rows))
+    set_statistics(policy, demonstrations, train_rows)
     device = policy.device
     policy.set_training_mode(True)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]

@@ -5,8 +5,8 @@ from torch import Tensor
 
 RATIOS = ("chunk", "dim", "flow_step")
 PLACEMENTS = ("advantage", "log_prob")
-MAX_LOG_RATIO = 20.0
-"""Beyond this the ratio's exponential overflows, and its gradient is not a number although the clipped value is."""
+MAX_LOG_RATIO = 60.0
+"""Log-ratios beyond this have no gradient. float32 overflows from 88 on; sums and gradients of ratios need room too."""
 
 
 def aggregate_log_ratio(

@@ -197,14 +197,16 @@ class FlowPolicy(BasePolicy):
         """Store the action statistics of the training data.
 
         :param mean: (\\*A) in environment units
-        :param std: (\\*A); at least 1% of half the action range is used, so that no dimension is left without noise
+        :param std: (\\*A); at least 1% of half the action range is used, so that no dimension is left without
+            noise, and 1e-6 where there is no range
         """
         assert isinstance(self.action_space, spaces.Box)
         half_range = (
             torch.as_tensor((self.action_space.high - self.action_space.low) / 2).float().to(self.action_std.device)
         )
         self.action_mean.copy_(mean)
-        self.action_std.copy_(torch.maximum(std.to(self.action_std.device), 0.01 * half_range))
+        least = (0.01 * half_range).clamp(min=1e-6)
+        self.action_std.copy_(torch.maximum(std.to(self.action_std.device), least))
 
     # ---- the flow
 
@@ -328,7 +330,8 @@ class FlowPolicy(BasePolicy):
         :param features_extractor_class: the encoder that it was made with, if that was your own
         :param flow_head_class: the head that it was made with, if that was your own
         :raises FileNotFoundError: config or weights are missing
-        :raises ValueError: a config or a weights file that is damaged or does not belong together
+        :raises ValueError: a config or a weights file that is damaged or does not belong together, or a policy of
+            another class that this one does not inherit from
         """
         folder = Path(path)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -342,6 +345,8 @@ class FlowPolicy(BasePolicy):
                 "features_extractor_class": features_extractor_class,
                 "flow_head_class": flow_head_class,
             }
+            if (made := config["class"]) not in (parent.__name__ for parent in cls.__mro__):
+                raise ValueError(f"{folder} was exported by a {made}: load it with {made}.from_safetensors")
             for name, given in classes.items():
                 if config.get(name, given.__name__) != given.__name__:
                     raise ValueError(f"{folder} was exported with {name} {config[name]}: pass {name}={config[name]}")

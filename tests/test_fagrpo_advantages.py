@@ -36,8 +36,6 @@ def test_constant_groups_are_exactly_zero(value: float) -> None:
     returns = torch.full((7,), value)
     advantages, mask = group_advantages(returns, torch.zeros(7, dtype=torch.long), eps=1e-8)
     assert bool((advantages == 0).all()) and not bool(mask.any())
-    _, mask = group_advantages(returns, torch.zeros(7, dtype=torch.long), mask_constant=False)
-    assert bool(mask.all())
 
 
 def test_a_group_of_one_is_masked_and_nothing_is_nothing() -> None:

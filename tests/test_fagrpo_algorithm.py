@@ -245,6 +245,15 @@ def test_clipping_table() -> None:
         assert float(value) == pytest.approx(expected, rel=1e-5), (ratio, advantage, low, high, dual)
 
 
+def test_a_bad_action_that_became_likely_is_pushed_back_however_far_it_went() -> None:
+    log_ratio = torch.tensor([1.0, 25.0, 50.0]).requires_grad_()
+    (gradient,) = torch.autograd.grad(clipped_objective(log_ratio, torch.tensor(-1.0), 0.2, 0.2).sum(), log_ratio)
+    torch.testing.assert_close(gradient, -log_ratio.detach().exp())
+    far = torch.tensor([90.0, 1000.0]).requires_grad_()  # no overflow either
+    (gradient,) = torch.autograd.grad(clipped_objective(far, torch.tensor(-1.0), 0.2, 0.2).sum(), far)
+    assert gradient.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
 def test_masked_entries_do_not_count(ratio: str) -> None:
     difference = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
@@ -259,6 +268,29 @@ def test_masked_entries_do_not_count(ratio: str) -> None:
     kept = torch.where(mask, difference, 0.0)
     shapes = {"chunk": kept.sum((0, 2, 3)), "dim": kept.sum(0), "flow_step": kept.sum((2, 3))}
     torch.testing.assert_close(aggregate_log_ratio(difference, weights, mask, ratio, "advantage"), shapes[ratio])
+
+
+@pytest.mark.parametrize("placement", ["advantage", "log_prob"])
+@pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
+def test_flow_scale_weighs_the_gradient_of_each_flow_step(ratio: str, placement: str) -> None:
+    difference = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights, mask = torch.tensor([0.2, 1.0, 1.8]), torch.ones(5, 4, 2, dtype=torch.bool)
+    value = aggregate_log_ratio(difference, weights, mask, ratio, placement)
+    (gradient,) = torch.autograd.grad(value.sum(), difference)
+    torch.testing.assert_close(gradient, weights[:, None, None, None].expand_as(difference))
+    scaled = difference * (1.0 if placement == "advantage" else weights[:, None, None, None])
+    torch.testing.assert_close(value.detach().sum(), scaled.detach().sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_update_uses_the_weights(cloned: FlowPolicy) -> None:
+    """The velocity's gradient norm at each flow step, before any update: in proportion to the weights."""
+    norms, weights = {}, {}
+    for flow_scale in ("none", "paper"):
+        _, rows = train(cloned, 1, flow_scale=flow_scale, learning_rate=0.0, batch_size=None, n_epochs=1)
+        norms[flow_scale] = np.array([rows[-1][f"train/flow_step_grad_norm_{k}"] for k in range(4)])
+        weights[flow_scale] = np.array([rows[-1][f"train/flow_scale_w_{k}"] for k in range(4)])
+    assert weights["paper"].max() > 1.3 * weights["paper"].min()
+    np.testing.assert_allclose(norms["paper"] / norms["none"], weights["paper"], rtol=1e-3)
 
 
 def test_actions_that_were_not_executed_are_masked(cloned: FlowPolicy) -> None:
@@ -331,6 +363,14 @@ def test_the_logged_success_rate_is_that_of_the_rollout(cloned: FlowPolicy, num_
     else:
         assert row["rollout/success_rate"] < row["rollout/return_mean"]
     assert model.ep_info_buffer is not None and model.ep_info_buffer.maxlen == (window or num_envs)
+
+
+def test_a_model_that_goes_on_with_more_environments_has_a_wider_window(cloned: FlowPolicy, tmp_path: Path) -> None:
+    train(cloned, 1, num_envs=16)[0].save(tmp_path / "model")
+    for window in (None, 5):
+        model = FAGRPO.load(tmp_path / "model", env=point_envs(32), stats_window_size=window)
+        model.learn(1, reset_num_timesteps=False)
+        assert model.ep_info_buffer.maxlen == model.ep_success_buffer.maxlen == (window or 32)
 
 
 def test_a_window_of_stochastic_steps(cloned: FlowPolicy) -> None:
@@ -498,8 +538,13 @@ def test_actions_are_clipped_for_the_environment_and_nowhere_else(cloned: FlowPo
 
 def test_demonstrations_regularise(cloned: FlowPolicy) -> None:
     data = point_demonstrations(100, 0.07, 0.3)
-    _, rows = train(cloned, 1, bc_coef=0.5, demonstrations=data)
-    assert rows[-1]["train/bc_loss"] > 0
+    model, rows = train(cloned, 1, bc_coef=0.5, demonstrations=data, learning_rate=0.0)
+    row = rows[-1]
+    assert row["train/bc_loss"] > 0
+    assert row["train/loss"] == pytest.approx(row["train/policy_gradient_loss"] + 0.5 * row["train/bc_loss"], rel=1e-3)
+    model.set_env(VecNormalize(point_envs(16)))
+    with pytest.raises(ValueError, match="norm_obs=False"):
+        model.learn(1)
     with pytest.raises(ValueError, match="needs demonstrations"):
         FAGRPO(cloned, point_envs(8), bc_coef=0.5)
 
@@ -548,7 +593,7 @@ class Task(PointReach):
         super().reset(seed=seed)
         if options:
             self.seen.append((options["task"], float(self.np_random.uniform())))
-            self.position = np.full(2, options["task"] / 10)
+            self.position = self.goal = np.full(2, options["task"] / 10)
         return self.observe(), {}
 
 
@@ -623,6 +668,9 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
         ({"kl_coef": -1.0}, "kl_coef must not be negative"),
         ({"advantage_eps": -1.0}, "advantage_eps"),
         ({"target_kl": 0.0}, "target_kl"),
+        ({"clip_range": -0.2}, "clip_range must be positive"),
+        ({"clip_range_high": -0.5}, "clip_range_high must be positive"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"gamma": 1.5}, "gamma"),
         ({"flow_scale_kwargs": {"alpha": 0.5}}, "alpha.*see fagrpo.flow_scale"),
         ({"flow_scale_kwargs": {"blend": 2.0}}, "blend"),
@@ -630,9 +678,12 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         FAGRPO("FlowPolicy", point_envs(8), **arguments)
+    FAGRPO("FlowPolicy", point_envs(8), policy_kwargs=SMALL).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        FAGRPO.load(tmp_path / "model", env=point_envs(8), **arguments)
 
 
 def test_a_policy_for_other_spaces_is_refused(cloned: FlowPolicy) -> None:
@@ -912,12 +963,22 @@ class Careless(PointReach):
 
 
 def test_a_group_without_a_common_start_is_reported(cloned: FlowPolicy) -> None:
-    arguments: dict[str, Any] = {"group_size": 8, "max_episode_steps": 3}
-    with pytest.warns(UserWarning, match="begin with different observations"):
-        FAGRPO(cloned, DummyVecEnv([Careless] * 16), **arguments).learn(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        FAGRPO(cloned, point_envs(16), **arguments).learn(1)
+    for num_envs, arguments in (
+        (16, {}),
+        (8, {"n_steps": 6}),
+        (4, {}),  # in two rounds
+        (1, {}),
+        (1, {"n_steps": 24}),
+        (8, {"group_options": lambda rng: {"tsk": int(rng.integers(10))}}),
+    ):
+        for envs in ([Careless] * num_envs, [PointReach] * num_envs):
+            env = VecNormalize(DummyVecEnv(envs))  # whose scale differs from round to round
+            model = FAGRPO(cloned, env, **{"group_size": 8, "max_episode_steps": 3} | arguments)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.learn(1)
+            warned = any("begin with different observations" in str(one.message) for one in caught)
+            assert warned == (envs[0] is Careless or "group_options" in arguments), (num_envs, arguments)
 
 
 def test_demonstrations_of_another_shape_are_refused_before_anything_is_collected(cloned: FlowPolicy) -> None:

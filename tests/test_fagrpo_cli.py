@@ -34,11 +34,14 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert np.isfinite(second.predict(env.observation_space.sample())[0]).all()
     assert main([*command, "--steps", "1200", "--learning-rate", "1e-3", "--seed", "1"]) == 2
-    assert "was made with learning_rate 1e-05, seed 0: give the same" in capsys.readouterr().err
+    assert "belongs to a run with learning_rate 1e-05, seed 0, this one has" in capsys.readouterr().err
     second.export_safetensors(tmp_path / "other")
     command[1] = str(tmp_path / "other")
     assert main([*command, "--steps", "1200"]) == 2
-    assert "was made with policy " in capsys.readouterr().err
+    assert "belongs to a run with policy " in capsys.readouterr().err
+    (tmp_path / "rl" / "run.json").unlink()
+    assert main([*command, "--steps", "1200"]) == 2
+    assert "no run.json" in capsys.readouterr().err
 
     checkpoints = [str(tmp_path / "rl" / f"checkpoint_{steps}_steps.zip") for steps in (400, 800)]
     assert main(["average", *checkpoints, str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]) == 0
@@ -46,6 +49,22 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     parts = [FAGRPO.load(path).average_policy.state_dict() for path in checkpoints] + [second.state_dict()]
     for key, value in mean.state_dict().items():
         torch.testing.assert_close(value, sum(part[key] for part in parts) / 3)
+
+
+def test_a_run_without_a_checkpoint_of_the_way_is_resumed_and_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = PendulumEnv()
+    FlowPolicy(env.observation_space, env.action_space, num_flow_steps=2).export_safetensors(tmp_path / "sft")
+    command = ["train", str(tmp_path / "sft"), "--env", "Pendulum-v1", "--out", str(tmp_path / "rl"), "--quiet"]
+    command += ["--num-envs", "2", "--group-size", "2", "--device", "cpu", "--steps"]
+    assert main([*command, "400"]) == 0
+    written = (tmp_path / "rl" / "model.safetensors").read_bytes()
+    assert main([*command, "400", "--seed", "1"]) == 2
+    assert "belongs to a run with seed 0, this one has seed 1" in capsys.readouterr().err
+    assert (tmp_path / "rl" / "model.safetensors").read_bytes() == written
+    assert main([*command, "800"]) == 0
+    assert "Resuming from" in capsys.readouterr().out
 
 
 def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from fagrpo.flow_sde import (
     SCHEDULES,
+    FlowChain,
     chain_means,
     gaussian_kl,
     gaussian_log_prob,
@@ -163,6 +164,19 @@ def test_only_the_chosen_steps_are_stochastic() -> None:
     ode = sample_chain(lambda x, t: x, noise, 6, 0.0, "flow", generator(1))
     assert ode.sde_steps == [] and bool((ode.log_probs == 0).all())
     assert bool((score_chain(lambda x, t: x, ode) == 0).all())
+
+
+def test_chains_of_one_sampler_are_one_batch_and_others_are_refused() -> None:
+    noise = torch.randn(4, 3, generator=generator())
+    one, other = (sample_chain(lambda x, t: x, noise, 6, 0.7, generator=generator(seed)) for seed in (1, 2))
+    both = FlowChain.concatenate([one, other])
+    assert torch.equal(both.states, torch.cat([one.states, other.states], dim=1))
+    for level in (0.0, 0.7):  # without noise the stds do not tell the grids apart
+        chains = [sample_chain(lambda x, t: x, noise, 6, level, generator=generator(), shift=s) for s in (1.0, 3.0)]
+        with pytest.raises(ValueError, match="different times"):
+            FlowChain.concatenate(chains)
+    with pytest.raises(ValueError, match="stochastic steps"):
+        FlowChain.concatenate([one, sample_chain(lambda x, t: x, noise, 6, 0.7, generator=generator(), sde_steps=[1])])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -57,7 +57,7 @@ def test_it_learns_and_keeps_the_best_average() -> None:
 
 def test_statistics_are_stored_in_the_policy() -> None:
     policy, data = make_policy(), linear_demonstrations()
-    set_statistics(policy, data)
+    set_statistics(policy, data, np.arange(len(data)))
     x = policy.normalize_action(torch.as_tensor(data.actions)).flatten(0, 1)
     torch.testing.assert_close(x.mean(0), torch.zeros(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std(0), torch.ones(2), atol=1e-2, rtol=0)
@@ -65,8 +65,26 @@ def test_statistics_are_stored_in_the_policy() -> None:
         policy.unnormalize_action(policy.normalize_action(torch.ones(1, 2, 2))), torch.ones(1, 2, 2)
     )
     constant = Demonstrations(data.observations, np.zeros_like(data.actions), data.episode_ids)
-    set_statistics(policy, constant)
+    set_statistics(policy, constant, np.arange(len(constant)))
     assert float(policy.action_std.min()) == pytest.approx(0.01)
+    set_statistics(policy, data, np.arange(300))
+    some = torch.as_tensor(data.actions[:300]).flatten(0, 1).mean(0)
+    torch.testing.assert_close(policy.action_mean, some.expand(2, 2))
+
+
+def test_a_padding_dimension_has_no_range_and_does_no_harm() -> None:
+    space = spaces.Box(np.array([-1, 0], np.float32), np.array([1, 0], np.float32))
+    policy, data = FlowPolicy(OBSERVATION, space, **SMALL), linear_demonstrations()
+    padded = replace(data, actions=data.actions[:, 0] * np.array([1, 0], np.float32))
+    clone(policy, padded, num_updates=20)
+    action, _ = policy.predict(data.observations)
+    assert np.isfinite(action).all() and not action[:, 1].any()
+
+
+def test_observations_of_another_shape_are_refused() -> None:
+    data = linear_demonstrations()
+    with pytest.raises(ValueError, match=r"'box' has shape \(1,\), the policy's \(3,\)"):
+        clone(make_policy(), replace(data, observations=data.observations[:, :1]))
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:

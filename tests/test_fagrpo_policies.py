@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -177,6 +178,22 @@ def test_a_third_party_head_is_a_policy_head(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         loaded.predict(obs, deterministic=True)[0], model.policy.predict(obs, deterministic=True)[0]
     )
+
+
+class SlowPolicy(FlowPolicy):
+    """A policy with a velocity of its own."""
+
+    def velocity(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        return 0.5 * super().velocity(*arguments, **keywords)
+
+
+def test_a_policy_is_loaded_by_its_own_class_or_one_that_extends_it(tmp_path: Path) -> None:
+    for kind in (FlowPolicy, SlowPolicy):
+        kind(ROBOT, CHUNK, observation_keys=["proprio"], **SMALL).export_safetensors(tmp_path / kind.__name__)
+    assert type(SlowPolicy.from_safetensors(tmp_path / "SlowPolicy")) is SlowPolicy
+    assert type(SlowPolicy.from_safetensors(tmp_path / "FlowPolicy")) is SlowPolicy
+    with pytest.raises(ValueError, match=r"load it with SlowPolicy\.from_safetensors"):
+        FlowPolicy.from_safetensors(tmp_path / "SlowPolicy")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
