@@ -88,6 +88,7 @@ def _adapt(arguments: argparse.Namespace) -> None:
 
 def _train_reward(arguments: argparse.Namespace) -> None:
     from functools import partial
+    from pathlib import Path
 
     from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
     from prophet_gym.data.lerobot_format import EpisodeDataset
@@ -110,6 +111,8 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     origin = {"recorded": [arrays.checksum() for arrays in (*recorded, val)], "imagined": arguments.imagined}
     if pipeline is not None:
         origin["world_model"] = weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception)
+    finished = (Path(arguments.out) / "reward").exists()  # it is that run's, or refused: nothing to imagine
+    if pipeline is not None and not finished:
         motion += [imagine_motions(pipeline, arrays) for arrays in recorded]
         imagined, val = (
             imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
