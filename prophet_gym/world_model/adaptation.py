@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rollouts": {"steps": 3000, "batch_size": 16, "learning_rate": 7e-4},
     },
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
-    # need no video. Models that went on from the old weights did worse on held-out episodes (docs/experiments.md).
+    # need no video. Models that went on from the old weights did worse on others, or no better (docs/experiments.md).
     "motion": {"anew": True, "proprioception": {"steps": 30_000, "batch_size": 128, "learning_rate": 2e-3}},
     # The video alone, from many episodes, old and new: an autoencoder that has seen more, and transformer and decoder
     # together on their own rollouts. For a GPU.
