@@ -1,6 +1,7 @@
 """Whose folder it is: a run that is given again resumes, and another one does not take its results for its own."""
 
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def claim(out: Path, **settings: Any) -> None:
         ValueError: the folder belongs to a run with other settings.
     """
     file = out / "run.json"
+    settings = json.loads(json.dumps(settings))  # a tuple becomes a list
     if file.exists():
         theirs = json.loads(file.read_text())
         other = sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name))
@@ -35,6 +37,13 @@ def claim(out: Path, **settings: Any) -> None:
     elif made := [name for name in ("pipeline", "reward", "checkpoints") if (out / name).exists()]:
         raise ValueError(f"{out} holds {made}, but no {file.name} that says of what run: choose another folder.")
     write_json(file, settings)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is not defined (a rate of nothing) becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def weights_checksum(*modules: torch.nn.Module) -> int:

@@ -12,11 +12,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from prophet_gym.data.clips import concatenate, episode_folds, load_arrays, subset
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import EpisodeDataset, LeRobotWriter
-from prophet_gym.evaluation.agreement import Verdicts, as_strict, concatenate_verdicts, evaluate
+from prophet_gym.evaluation import actions_only
+from prophet_gym.evaluation.agreement import Verdicts, _next_chunks, as_strict, concatenate_verdicts, evaluate
 from prophet_gym.evaluation.video_metrics import psnr
 from prophet_gym.world_model import ProphetPipeline
+from prophet_gym.world_model.imagination import episode_seeds, replay_episodes
+from prophet_gym.world_model.proprioception import ProprioceptionModel
 
 STEPS = 4
 CAMERA = {"intrinsics": np.array([[100.0, 0, 48], [0, 100, 48], [0, 0, 1]]), "extrinsics": np.eye(4)}
@@ -192,6 +196,51 @@ def test_episodes_of_one_suite_must_be_equally_long(tmp_path: Path) -> None:
     writer.finalize()
     with pytest.raises(ValueError, match=r"equally long to be compared, got \[3, 4\] frames"):
         evaluate(ProphetPipeline.tiny_random(), [tmp_path / "data"], tmp_path / "report", reward_model=RedCornerJudge())
+
+
+def test_the_control_learns_from_episodes_of_any_length(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is cut short does not cut the others."""
+    monkeypatch.setattr(actions_only, "STEPS", 150)
+    dataset = EpisodeDataset(data)
+    train, val = (load_arrays([dataset], split, progress=False) for split in ("train", "val"))
+    for arrays in (train, val):
+        arrays.success[arrays.starts + 2] = False  # nothing is solved before the third step
+    short = subset(train, 1, 0)
+    kept = {name: getattr(short, name)[:3] for name in ("frames", "proprio", "actions", "success")}
+    with_short = concatenate([train, replace(short, **kept, lengths=torch.tensor([3]))])
+    for training in (train, with_short):
+        verdicts = actions_only.predict_from_actions(training, val, chunk_frames=2)
+        assert verdicts.shape == (6, 2)
+        assert ((verdicts[:, -1] > 0.5) == val.success.unflatten(0, (6, -1))[:, -1].numpy()).all()
+
+
+def test_single_chunks_begin_from_what_is_true(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each episode of its own suite and member; the first chunk is a whole replay's."""
+    pipeline = ProphetPipeline.tiny_random()
+    pipeline.register_modules(proprioception=ProprioceptionModel(hidden_dim=8, width=8, num_members=3).eval())
+    arrays = load_arrays([EpisodeDataset(data)], "train", progress=False)
+    arrays.proprio.copy_(0.1 * torch.randn(arrays.proprio.shape, generator=torch.Generator().manual_seed(0)))
+    given: list[tuple[torch.Tensor, list[str]]] = []
+    imagine = pipeline.imagine
+
+    def recording(*arguments: Any) -> Any:
+        given.append((arguments[1], arguments[4]))
+        return imagine(*arguments)
+
+    monkeypatch.setattr(pipeline, "imagine", recording)
+    chunks = _next_chunks(pipeline, arrays, count=5, length=STEPS + 1, seed=0)
+    members, size = episode_folds(arrays, 3), pipeline.proprioception.state_dim
+    assert len(set(members[:5].tolist())) > 1
+    for index, (state, suites) in enumerate(given):
+        rows = arrays.starts[index] + torch.arange(0, STEPS, 2)
+        torch.testing.assert_close(state[:, :8], arrays.proprio[rows])
+        assert state[:, size - 1].tolist() == [members[index]] * 2 and suites == [arrays.suites[index]] * 2
+        assert not state[0, 8 : size - 1].any() and state[1, 8 : size - 1].any()  # at rest, and then on the way
+    seeds = [episode_seeds(arrays.starts[index : index + 1], 0)[0] for index in range(5)]
+    whole, _ = replay_episodes(pipeline, arrays, torch.arange(5), seeds)
+    np.testing.assert_allclose(
+        chunks[:, 0].astype(float), whole[:, 1:3].numpy(), atol=1
+    )  # another batch rounds differently
 
 
 @pytest.mark.parametrize("num_arms", [1, 2])

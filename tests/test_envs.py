@@ -320,6 +320,36 @@ def test_equals_sync_vector_env_on_the_real_models(real: dict[str, Any]) -> None
         assert data_equivalence(ours, theirs)
 
 
+def test_what_is_seen_is_what_the_world_model_replays(starts: str) -> None:
+    """Two suites with cameras and robots of their own, two sampling steps: each env as the pipeline by itself."""
+    world = ProphetPipeline.tiny_random(robots=2)
+    one, other = ([[focal, 0, 48, 10], [0, focal, 48, 20], [0, 0, 1, 1]] for focal in (60.0, 90.0))
+    world.register_to_config(
+        cameras={"libero_object": one, "libero_spatial": other},
+        robots=[["panda", ["libero_object"]], ["sawyer", ["libero_spatial"]]],
+    )
+    torch.nn.init.normal_(world.transformer.action_frame_in.weight, std=0.1)
+    envs = ProphetVectorEnv(
+        num_envs=2, start_states=starts, world_model=world, reward_model=FakeRewardModel(2.0), num_sampling_steps=2
+    )
+    suites = ["libero_object", "libero_spatial"]
+    observation, _ = envs.reset(seed=5, options={"suite": suites})
+    first = {name: values.copy() for name, values in observation.items()}
+    noise = [torch.Generator().manual_seed(0) for _ in suites]
+    for generator, state in zip(noise, envs.get_state()["noise"], strict=True):
+        generator.set_state(state)
+    envs.action_space.seed(0)
+    actions = [envs.action_space.sample() for _ in range(3)]
+    for chunk in actions:
+        observation, *_ = envs.step(chunk)
+    frames, poses = world.replay(
+        first["image"], torch.from_numpy(first["proprio"]), torch.from_numpy(np.concatenate(actions, axis=1)), suites,
+        noise, num_inference_steps=2,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.stack(envs.clips()), frames.numpy())
+    np.testing.assert_allclose(observation["proprio"], poses[:, -1].numpy(), atol=1e-6)
+
+
 def test_disabled_autoreset_wants_a_reset(fake: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=2, autoreset_mode="Disabled", **{**fake, "max_chunks": 1})
     envs.reset(seed=0)
@@ -580,12 +610,19 @@ def test_state_on_the_real_models(real: dict[str, Any]) -> None:
 
 
 def test_state_of_another_shape_is_refused(fake: dict[str, Any]) -> None:
+    never = FakeRewardModel(threshold=2.0)
     envs, fewer = (ProphetVectorEnv(num_envs=n, **fake) for n in (3, 2))
     with pytest.raises(gym.error.ResetNeeded, match="before the first reset"):
         envs.get_state()
     envs.reset(seed=0)
     with pytest.raises(ValueError, match="do not fit"):
         fewer.set_state(envs.get_state())
+    longer, shorter = (ProphetVectorEnv(num_envs=1, **{**fake, "max_chunks": n, "reward_model": never}) for n in (4, 2))
+    longer.reset(seed=0)
+    for _ in range(2):
+        longer.step(np.zeros((1, 8, 7), np.float32))
+    with pytest.raises(ValueError, match="room for another chunk"):
+        shorter.set_state(longer.get_state())
 
 
 # --- Stable-Baselines3 ------------------------------------------------------------------------------------------------
@@ -753,6 +790,19 @@ def test_actions_that_are_not_numbers_are_refused(started: ProphetVectorEnv) -> 
             started.step(actions)  # type: ignore[arg-type]
 
 
+def test_the_least_int8_is_no_action(started: ProphetVectorEnv) -> None:
+    with pytest.raises(ValueError, match=r"largest magnitudes \[128.0, 128.0\]"):
+        started.step(np.full((2, 8, 7), -128, np.int8))  # type: ignore[arg-type]
+
+
+def test_a_mask_that_was_given_stays_the_callers(started: ProphetVectorEnv) -> None:
+    mask = np.array([True, False])
+    started.paused = mask
+    mask[:] = False
+    assert started.paused.tolist() == [True, False]
+    started.paused = mask
+
+
 def test_an_action_that_a_reset_ignores_is_not_judged(fake: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=1, **{**fake, "max_chunks": 1})
     envs.reset(seed=0)
@@ -761,7 +811,10 @@ def test_an_action_that_a_reset_ignores_is_not_judged(fake: dict[str, Any]) -> N
 
 
 def test_step_before_reset(fake: dict[str, Any]) -> None:
-    envs = ProphetVectorEnv(num_envs=2, **fake)
+    envs = ProphetVectorEnv(num_envs=2, render_mode="rgb_array", **fake)
+    for too_early in (envs.render, envs.clips):
+        with pytest.raises(gym.error.ResetNeeded, match="before the first reset"):
+            too_early()
     with pytest.raises(gym.error.ResetNeeded, match="reset"):
         envs.step(np.zeros((2, 8, 7), np.float32))
     with pytest.raises(gym.error.ResetNeeded, match="first reset"):
@@ -940,6 +993,17 @@ def test_a_world_model_that_returns_nan_is_not_believed(fake: dict[str, Any], br
     envs.reset(seed=0)
     with pytest.raises(FloatingPointError, match=r"envs \[1\]"):
         envs.step(np.zeros((2, 8, 7), np.float32))
+
+
+@pytest.mark.parametrize("verdict", [np.float32(np.nan), np.float32([0.5, np.nan]), np.float32([0.5, 1.5]), 0.5])
+def test_a_judge_that_returns_no_probabilities_is_not_believed(fake: dict[str, Any], verdict: Any) -> None:
+    class BrokenJudge(FakeRewardModel):
+        def score(self, *arguments: Any) -> Any:
+            return verdict
+
+    envs = ProphetVectorEnv(num_envs=2, **{**fake, "reward_model": BrokenJudge()})
+    with pytest.raises(ValueError, match=r"must return 2 probabilities in \[0, 1\]"):
+        envs.reset(seed=0)
 
 
 @pytest.mark.parametrize("kind", ["world_model", "reward_model"])

@@ -1,11 +1,13 @@
 """Success rates and their intervals."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from prophet_gym.envs.start_states import StartState, write_start_states
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_prophet, starts_of
 from prophet_gym.world_model import ProphetPipeline
 
@@ -74,3 +76,24 @@ def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
         reward_model=Balanced(), max_chunks=8,
     )  # fmt: skip
     assert [len(video) for video in rollouts.videos] == [1 + 2 * 5, 1 + 2 * 3]
+
+
+@pytest.mark.parametrize(("suite", "chunks"), [("libero_object", 20), ("metaworld", 12), ("a_suite_of_yours", 20)])
+def test_prophet_gives_as_much_time_as_the_real_simulator(tmp_path: Path, suite: str, chunks: int) -> None:
+    seen: list[int] = []
+
+    class Counting(Ramp):
+        threshold = motion_threshold = 2.0
+
+        def score(self, frames: None, proprio: np.ndarray, lengths: np.ndarray, *rest: object) -> np.ndarray:
+            seen.append(int(lengths.max()))
+            return np.zeros(len(lengths), np.float32)
+
+    start = StartState(suite, 0, "a", "pick up the milk and place it in the basket", 40, "val",
+                       np.zeros(8, np.float32), np.zeros((96, 96, 3), np.uint8))  # fmt: skip
+    write_start_states([start], tmp_path / "starts.parquet")
+    evaluate_in_prophet(
+        Still(), suite, starts_of([0], [40]), world_model=ProphetPipeline.tiny_random(), reward_model=Counting(),
+        video=False, start_states=tmp_path / "starts.parquet",
+    )  # fmt: skip
+    assert max(seen) == 1 + 2 * chunks

@@ -1,5 +1,6 @@
 """The success classifier: shapes, training on an easy rule, calibration, threshold."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.nn import functional
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
+from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.reward.base import balanced_thresholds, thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
+    _fit_logistic,
     balance_threshold,
     calibrate,
     choose_threshold,
@@ -132,6 +136,68 @@ def test_a_judge_needs_solved_and_failed_episodes(tmp_path: Path) -> None:
             train_success_classifier(arrays, mixed, tmp_path)
     with pytest.raises(ValueError, match="max_false_success_rate"):
         train_success_classifier(mixed, mixed, tmp_path, max_false_success_rate=1.0)
+
+
+def test_validation_that_calibrates_nothing_is_named_before_the_training(tmp_path: Path) -> None:
+    train, val = episodes(8), episodes(4, seed=1)
+    for wrong in (replace(val, success=torch.zeros_like(val.success)), episodes(4, length=2)):
+        with pytest.raises(ValueError, match="calibrated on validation episodes of three frames or more, solved ones"):
+            train_success_classifier(train, wrong, tmp_path / "wrong", steps=1, batch_size=4)
+    assert not (tmp_path / "wrong" / "checkpoints").exists()
+    solved = subset_of(val, [0, 2])
+    with pytest.warns(UserWarning, match=r"no failed episode of \['libero_object'\]"):
+        train_success_classifier(train, solved, tmp_path / "out", steps=1, batch_size=4)
+    metrics = (tmp_path / "out" / "reward" / "metrics.json").read_text()
+    assert "NaN" not in metrics and json.loads(metrics)["libero_object"]["false_success_rate"] is None
+
+
+def subset_of(arrays: EpisodeArrays, chosen: list[int]) -> EpisodeArrays:
+    """Some of equally long episodes."""
+    length = int(arrays.lengths[0])
+    rows = (arrays.starts[chosen, None] + torch.arange(length)).flatten()
+    return replace(
+        arrays,
+        **{name: getattr(arrays, name)[rows] for name in ("frames", "proprio", "actions", "success")},
+        starts=torch.arange(len(chosen)) * length,
+        lengths=arrays.lengths[chosen],
+        first_frames=arrays.first_frames[chosen],
+        records=tuple(arrays.records[index] for index in chosen),
+    )
+
+
+@pytest.mark.parametrize("size", [1.0, 15.0, 40.0])
+def test_overconfident_logits_are_calibrated_too(size: float) -> None:
+    """As well as by any scale of a fine grid, where a tenth of the verdicts is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(1500, generator=generator) < 0.3
+    said = truth ^ (torch.rand(1500, generator=generator) < 0.1)
+    logits = size * (2 * said[:, None].float() - 1) + 0.4 * size * torch.randn(1500, 2, generator=generator)
+    scale, bias = _fit_logistic(logits, truth)
+
+    def loss(scale: torch.Tensor, bias: torch.Tensor) -> float:
+        return float(functional.binary_cross_entropy_with_logits((logits * scale).sum(1) + bias, truth.float()))
+
+    grid = [loss(torch.full((2,), s / size), torch.tensor(b)) for s in np.linspace(0, 3, 61) for b in (-1.0, -0.5, 0.0)]
+    assert loss(scale, bias) < min(grid) + 1e-4
+    with pytest.raises(FloatingPointError, match="cannot be calibrated"):
+        _fit_logistic(logits * torch.nan, truth)
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_environments_hear_the_judge_that_was_calibrated(video: bool) -> None:
+    """`score` of every length of an episode is the probability that training and calibration see at that frame."""
+    classifier, arrays = SuccessClassifier.tiny_random(), episodes(3, told_by="motion")
+    for buffer in ("logit_bias", "motion_bias"):
+        classifier.get_buffer(buffer).fill_(0.3)
+    logits = frame_logits(classifier, arrays)
+    expected = classifier.probability(logits) if video else classifier.motion_probability(logits[:, 1])
+    frames, proprio = (value.unflatten(0, (3, -1)).numpy() for value in (arrays.frames, arrays.proprio))
+    embeddings = embed_instructions(arrays.instructions)
+    for length in range(1, frames.shape[1] + 1):
+        lengths = np.full(3, length)
+        given = frames[:, :length] if video else None
+        score = classifier.score(given, proprio[:, :length], lengths, arrays.instructions, embeddings)
+        np.testing.assert_allclose(score, expected.unflatten(0, (3, -1))[:, length - 1].detach(), atol=1e-5)
 
 
 def test_no_more_failures_pass_than_allowed_however_sure_the_judge_is() -> None:

@@ -198,7 +198,8 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
 def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:
     """One of ``count`` folds for each episode, int64 (E,), for cross-fitting.
 
-    It is a checksum of the episode's actions: the same beside whatever other episodes it is loaded.
+    It is a checksum of the episode's actions: the same beside whatever other episodes it is loaded, for the same number
+    of arms.
     """
     ends = arrays.starts + arrays.lengths
     return torch.tensor(

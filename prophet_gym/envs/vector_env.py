@@ -214,7 +214,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         given = np.asarray(paused)
         if given.dtype != np.bool_ or given.shape != (self.num_envs,):
             raise ValueError(f"paused must be bool of shape ({self.num_envs},), got {given.dtype} {given.shape}.")
-        self._paused = given
+        self._paused = given.copy()
 
     def reset(
         self,
@@ -241,7 +241,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             member.
         :raises gymnasium.error.ResetNeeded: ``reset_mask`` leaves out an env that has never been reset.
 
-        A reset that raises leaves episodes, seeds and random streams as they were.
+        A reset that raises because of what it was given leaves episodes, seeds and random streams as they were.
         """
         request = ResetRequest.parse(options, self.num_envs)
         if isinstance(seed, int | np.integer):
@@ -326,15 +326,20 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 "render() was called on an env made without a render mode: make it with render_mode='rgb_array'."
             )
             return None
+        if self._starts[0] is None:
+            raise gym.error.ResetNeeded("There is nothing to render before the first reset().")
         return tuple(self._observations()["image"])
 
     def clips(self) -> list[NDArray[np.uint8]]:
         """The video of every env's episode so far, uint8 (frames, H, W, 3) each, start first, 5 frames per second.
 
         :raises ValueError: the env was made with ``video=False``.
+        :raises gymnasium.error.ResetNeeded: before the first reset().
         """
         if not self.video:
             raise ValueError("video=False imagines no frames: make the env with video=True to see clips.")
+        if self._starts[0] is None:
+            raise gym.error.ResetNeeded("There is no clip before the first reset().")
         return [clip[:length].copy() for clip, length in zip(self._clips, self._lengths, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
@@ -364,12 +369,14 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             clips.shape[0] != self.num_envs
             or clips.shape[2:] != self._clips.shape[2:]
             or proprio.shape[1] > self._proprio.shape[1]
+            or (state["_lengths"][~state["_done"]] >= self._proprio.shape[1]).any()
             or proprio.shape[2] != self._proprio.shape[2]
             or (state["_history"] is not None) != self.video
         ):
             raise ValueError(
                 f"This state has clips of shape {clips.shape} and proprio of shape {proprio.shape}, which do not fit "
-                f"into this env's {self._clips.shape} and {self._proprio.shape} with video={self.video}."
+                f"into this env's {self._clips.shape} and {self._proprio.shape} with video={self.video}; an episode "
+                "that is not over needs room for another chunk."
             )
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state[name]))
@@ -505,13 +512,18 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Let the reward model see the episodes of envs ``rows``."""
         lengths = self._lengths[rows]
         chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
-        self._probability[rows] = self.reward_model.score(
+        probability = self.reward_model.score(
             self._clips[chosen, : lengths.max()] if self.video else None,
             self._proprio[chosen, : lengths.max()],
             lengths,
             [start.instruction for start in self._starts_of(rows)],
             self._embeddings[rows],
         )
+        if np.shape(probability) != rows.shape or not ((probability >= 0) & (probability <= 1)).all():
+            raise ValueError(
+                f"The reward model must return {len(rows)} probabilities in [0, 1], one for each env, got {probability}"
+            )
+        self._probability[rows] = probability
         self._solved[rows] = self._probability[rows] >= thresholds(
             self.reward_model, self._suites_of(self._starts_of(rows)), self.video
         )
@@ -522,14 +534,15 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             raise ValueError(
                 f"Actions must be numbers of shape {self.action_space.shape}, got {array.dtype} {array.shape}."
             )
-        peaks = np.abs(array[rows]).max(axis=(1, 2))
+        values = array.astype(np.float64)  # first: an int8 of -128 has no absolute value
+        peaks = np.abs(values[rows]).max(axis=(1, 2))
         wrong = ~(peaks <= 1 + ACTION_TOLERANCE)  # NaN included
         if wrong.any():
             raise ValueError(
                 f"Actions must be finite and within [-1, 1]; envs {rows[wrong].tolist()} have largest magnitudes "
                 f"{peaks[wrong].tolist()}. Nothing is clipped for you: normalise or np.clip them."
             )
-        return array.astype(np.float32)
+        return values.astype(np.float32)
 
     def _observations(self) -> Observation:
         latest = np.arange(self.num_envs), self._lengths - 1

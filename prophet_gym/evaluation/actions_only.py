@@ -23,9 +23,9 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
     Returns:
         Probability of success at the end of each chunk, (E, C).
     """
-    actions, embeddings = _inputs(train_arrays)
-    length = actions.shape[1]
-    solved = train_arrays.success[train_arrays.starts[:, None] + 1 + torch.arange(length)].float()
+    actions, embeddings, after = _inputs(train_arrays, int(train_arrays.lengths.max()) - 1)
+    solved = train_arrays.success[after].float()
+    steps = train_arrays.lengths - 1
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = SequenceWitness(actions.shape[-1], embeddings.shape[-1])
@@ -34,18 +34,22 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
         for _ in range(STEPS):
             rows = torch.randint(len(actions), (BATCH_SIZE,))
             noisy = actions[rows] + 0.03 * torch.randn(BATCH_SIZE, 1, actions.shape[-1])
-            loss = F.binary_cross_entropy_with_logits(network(noisy, embeddings[rows]), solved[rows])
+            inside = torch.arange(actions.shape[1]) < steps[rows, None]  # the shorter episodes repeat their last step
+            logits = network(noisy, embeddings[rows])[inside]
+            loss = F.binary_cross_entropy_with_logits(logits, solved[rows][inside])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     with torch.inference_mode():
-        probability = torch.sigmoid(network.eval()(*_inputs(arrays)))
+        actions, embeddings, _ = _inputs(arrays, int(arrays.lengths.min()) - 1)
+        probability = torch.sigmoid(network.eval()(actions, embeddings))
     return probability[:, chunk_frames - 1 :: chunk_frames].double().numpy()
 
 
-def _inputs(arrays: EpisodeArrays) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean action of every video step, (E, T, A), and the instruction's embedding, (E, D)."""
-    index = arrays.starts[:, None] + torch.arange(int(arrays.lengths.min()) - 1)
+def _inputs(arrays: EpisodeArrays, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean action of so many video steps, (E, T, A), the last one repeated in shorter episodes, the instruction's
+    embedding, (E, D), and the row of the frame after each step, int64 (E, T)."""
+    index = arrays.starts[:, None] + torch.arange(length).minimum(arrays.lengths[:, None] - 2)
     embeddings = embed_instructions(arrays.instructions)
-    return arrays.actions[index].mean(2), torch.from_numpy(embeddings)
+    return arrays.actions[index].mean(2), torch.from_numpy(embeddings), index + 1

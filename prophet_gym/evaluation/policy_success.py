@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from prophet_gym.data.episode import CHUNK_SIZE, IMAGE_SIZE, Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.reward.base import balanced_thresholds
+from prophet_gym.simulators.suites import SUITES
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,16 @@ def evaluate_in_prophet(
         suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
         starts.
         seed: of the world model's noise. deterministic: passed to `predict`.
-        env_arguments: further arguments of `ProphetVectorEnv`; the autoreset mode is of no account.
+        env_arguments: further arguments of `ProphetVectorEnv`; the autoreset mode is of no account. Episodes are as
+            long as the suite's recordings, if it has any, unless `max_chunks` says otherwise.
 
     Returns:
         The reward model's verdicts.
     """
     # No env begins another episode here, and the infos of the last step must be the old one's.
     env_arguments = env_arguments | {"autoreset_mode": "Disabled"}
+    if suite in SUITES:
+        env_arguments = {"max_chunks": SUITES[suite].control_steps // CHUNK_SIZE} | env_arguments
     env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
@@ -179,7 +183,6 @@ def _libero_task(
     import torch
 
     from prophet_gym.simulators.libero import LiberoEnv
-    from prophet_gym.simulators.suites import SUITES
 
     torch.set_num_threads(1)
     torch.manual_seed(1000 * seed + int(starts[0, 0]))

@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
+from prophet_gym.run_folder import without_nan
+
 
 def draw_suite(
     report: Path,
@@ -53,7 +55,7 @@ def write_report(report: Path, results: dict[str, Any]) -> None:
                 parts.append(element.format(base64.b64encode(path.read_bytes()).decode()))
     for name, text in (
         ("report.html", "\n".join(parts)),
-        ("results.json", json.dumps(_without_nan(results), indent=1)),
+        ("results.json", json.dumps(without_nan(results), indent=1)),
     ):
         temporary = report / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
@@ -68,13 +70,6 @@ _STYLE = (
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what is not defined (a rate of nothing) becomes null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _table(content: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.reward.success_classifier import SuccessClassifier
-from prophet_gym.run_folder import claim, weights_checksum
+from prophet_gym.run_folder import claim, weights_checksum, without_nan
 from prophet_gym.training import LossFn, fit
 
 
@@ -51,8 +53,11 @@ def train_success_classifier(
         The classifier, and its metrics on `val_arrays` (see `calibrate`), also written to `reward/metrics.json`.
 
     Raises:
-        ValueError: a rate out of range; no solved or no failed training episode, or one of fewer than three frames; or
-            `out` is another run's, see `claim`.
+        ValueError: a rate out of range; no solved or no failed training episode, or one of fewer than three frames, or
+            validation episodes like that; or `out` is another run's, see `claim`.
+
+    Warns:
+        UserWarning: a suite without a failed validation episode, whose threshold nothing was held against.
     """
     if not 0 <= max_false_success_rate < 1:
         raise ValueError(f"max_false_success_rate must be in [0, 1), got {max_false_success_rate}.")
@@ -75,6 +80,7 @@ def train_success_classifier(
     if (out / "reward").exists():
         finished = SuccessClassifier.from_pretrained(out / "reward", use_safetensors=True, local_files_only=True)
         return finished.to(device).eval(), json.loads((out / "reward" / "metrics.json").read_text())
+    _check_validation(val_arrays)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if init is not None:
@@ -90,9 +96,26 @@ def train_success_classifier(
     metrics = calibrate(classifier, val_arrays, max_false_success_rate)
     temporary = out / ".reward.tmp"
     classifier.save_pretrained(temporary)
-    (temporary / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_json(temporary / "metrics.json", without_nan(metrics))
     os.replace(temporary, out / "reward")
     return classifier, metrics
+
+
+def _check_validation(arrays: EpisodeArrays) -> None:
+    """Raise, or warn, before hours of training where nothing can be calibrated on these episodes."""
+    if not arrays.success.any() or int(arrays.lengths.min()) < 3:
+        raise ValueError(
+            "A judge is calibrated on validation episodes of three frames or more, solved ones among them; these have "
+            f"{int(arrays.success.sum())} solved frames and lengths from {int(arrays.lengths.min())} on: record more."
+        )
+    failed = ~arrays.success[arrays.starts + arrays.lengths - 1].numpy()
+    suites = np.array(arrays.suites)
+    if untested := sorted(set(suites.tolist()) - set(suites[failed].tolist())):
+        warnings.warn(
+            f"Validation has no failed episode of {untested}: their thresholds are held against nothing. Record more.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def classification_loss(
@@ -230,9 +253,15 @@ def calibrate(
 
 
 def _fit_logistic(logits: torch.Tensor, success: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales (C,) and the bias () of logits (N, C) that minimise the cross-entropy on held-out frames."""
+    """The scales (C,) and the bias () of logits (N, C) that minimise the cross-entropy on held-out frames.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("The judge's logits cannot be calibrated: they are not finite. Train it anew.")
     scale, bias = torch.full(logits.shape[1:], 0.5, requires_grad=True), torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100)
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

@@ -286,10 +286,11 @@ def _check_action(action: NDArray[np.float32]) -> NDArray[np.float64]:
         raise ValueError(
             f"An action must be numbers of shape {(CHUNK_SIZE, ACTION_DIM)}, got {array.dtype} {array.shape}."
         )
-    peak = float(np.abs(array).max())
+    values = array.astype(np.float64)  # first: an int8 of -128 has no absolute value
+    peak = float(np.abs(values).max())
     if math.isnan(peak) or peak > 1.0 + ACTION_TOLERANCE:
         raise ValueError(
             f"Actions must be finite and within [-1, 1], got a largest magnitude of {peak}. Nothing is clipped for "
             "you: normalise or np.clip them."
         )
-    return array.astype(np.float64)
+    return values
