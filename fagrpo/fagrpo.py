@@ -116,7 +116,8 @@ class FAGRPO(OnPolicyAlgorithm):
         stochastic
     :param action_mask: bool array of the action's shape, False for padding dimensions, which are not scored
     :param bc_coef: weight of a flow-matching loss on ``demonstrations``; 0: off
-    :param demonstrations: for bc_coef; not saved with the model
+    :param demonstrations: for bc_coef; not saved with the model. Their observations are the environment's own: not
+        together with a ``VecNormalize`` of observations
     :param ema_decay: decay of an exponential moving average of the policy's weights, in [0, 1), one step per rollout
         that was learned from: :attr:`average_policy`, in which the noise of single updates has averaged out. It spans
         about 1 / (1 - ema_decay) rollouts. 0: none

@@ -41,7 +41,7 @@ class RewardModel(Protocol):
             embeddings: float32 (B, 384), their embeddings.
 
         Returns:
-            float32 (B,) in [0, 1].
+            float32 (B,) in [0, 1]; environments refuse anything else.
         """
         ...
 
