@@ -189,10 +189,6 @@ def train(arguments: argparse.Namespace) -> int:
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
     run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
-    if checkpoints and not (arguments.out / "run.json").exists():
-        raise ValueError(
-            f"{arguments.out} holds checkpoints, but no run.json that says of what run: choose another --out"
-        )
     claim(arguments.out, **run)
     if checkpoints:
         print(f"Resuming from {checkpoints[-1]}")

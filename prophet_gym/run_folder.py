@@ -1,7 +1,6 @@
 """Whose folder it is: a run that is given again resumes, and another one does not take its results for its own."""
 
 import json
-import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -34,16 +33,9 @@ def claim(out: Path, **settings: Any) -> None:
                 f"has {', '.join(f'{name} {settings.get(name)}' for name in other)}: choose another folder, or the "
                 "same settings to resume."
             )
-    elif made := [name for name in ("pipeline", "reward", "checkpoints") if (out / name).exists()]:
+    elif made := [name for name in ("pipeline", "reward", "checkpoints", "checkpoint_*.zip") if any(out.glob(name))]:
         raise ValueError(f"{out} holds {made}, but no {file.name} that says of what run: choose another folder.")
     write_json(file, settings)
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: what is not defined (a rate of nothing) becomes null."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def weights_checksum(*modules: torch.nn.Module) -> int:

@@ -238,9 +238,8 @@ def test_single_chunks_begin_from_what_is_true(data: Path, monkeypatch: pytest.M
         assert not state[0, 8 : size - 1].any() and state[1, 8 : size - 1].any()  # at rest, and then on the way
     seeds = [episode_seeds(arrays.starts[index : index + 1], 0)[0] for index in range(5)]
     whole, _ = replay_episodes(pipeline, arrays, torch.arange(5), seeds)
-    np.testing.assert_allclose(
-        chunks[:, 0].astype(float), whole[:, 1:3].numpy(), atol=1
-    )  # another batch rounds differently
+    # Another batch rounds differently, here and there by a grey level.
+    np.testing.assert_allclose(chunks[:, 0].astype(float), whole[:, 1:3].numpy(), atol=1)
 
 
 @pytest.mark.parametrize("num_arms", [1, 2])

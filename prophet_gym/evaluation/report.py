@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.run_folder import without_nan
+from prophet_gym.data.lerobot_format.schema import without_nan
 
 
 def draw_suite(

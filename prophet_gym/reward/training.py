@@ -15,9 +15,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.data.instructions import embed_instructions
-from prophet_gym.data.lerobot_format.schema import write_json
+from prophet_gym.data.lerobot_format.schema import without_nan, write_json
 from prophet_gym.reward.success_classifier import SuccessClassifier
-from prophet_gym.run_folder import claim, weights_checksum, without_nan
+from prophet_gym.run_folder import claim, weights_checksum
 from prophet_gym.training import LossFn, fit
 
 

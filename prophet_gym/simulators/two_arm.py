@@ -47,9 +47,8 @@ class TwoArmSimulation:
         with loading("robosuite"):
             import robosuite.macros
 
-            robosuite.macros.ENABLE_NUMBA = (
-                False  # its compiled functions are not used here and take seconds to compile
-            )
+            # Its compiled functions are not used here and take seconds to compile.
+            robosuite.macros.ENABLE_NUMBA = False
             import libero.libero.envs  # noqa: F401, as a side effect it lets robosuite 1.4 run on today's MuJoCo
 
             from prophet_gym.simulators.frame_renderer import FrameRenderer, aim_camera

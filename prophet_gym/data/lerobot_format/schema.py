@@ -1,6 +1,7 @@
 """Names, paths and files of the LeRobot dataset format v3.0, shared by its writer and its reader."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ def write_table(path: Path, table: pa.Table) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     pq.write_table(table, temporary, compression="snappy")
     os.replace(temporary, path)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: what is not defined (a rate of nothing) becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
