@@ -30,6 +30,7 @@ def _record(arguments: argparse.Namespace) -> None:
         policy=policy,
         split=arguments.split,
         video=not arguments.no_video,
+        recipe=arguments.recipe,
     )
 
 
@@ -165,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument(
         "--suite",
         required=True,
-        help="libero_object, libero_spatial, libero_goal, libero_10, metaworld, fetch or two_arm_lift",
+        help="libero_object, libero_spatial, libero_goal, libero_10, libero_90, metaworld, fetch or two_arm_lift",
     )
     record.add_argument("--episodes", type=int, default=500)
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
@@ -173,6 +174,12 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--workers", type=int, default=None, help="processes; without it one for each core")
     record.add_argument(
         "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
+    )
+    record.add_argument(
+        "--recipe",
+        default=None,
+        help="how the scripts act in all episodes: clean, light, medium, heavy (disturbed) or play (in LIBERO: any "
+        "object is put on any other); otherwise the suite's mixture",
     )
     record.add_argument(
         "--split", default=None, choices=("train", "val", "test"), help="of all episodes; otherwise 80, 10 and 10%%"

@@ -199,6 +199,24 @@ def test_heights_of_a_tilted_box():
     assert np.isclose(top(box), 0.6) and np.isclose(bottom(box), 0.4)
 
 
+def test_play_ignores_the_task_and_moves_two_objects():
+    moved, places = set(), set()
+    for seed in range(12):
+        scene = make_scene()
+        scene.goals = [("open", "drawer_1")]  # no script could do that
+        with pytest.raises(ValueError, match="puts objects in or on others"):
+            PickAndPlace(scene, NOISE_RECIPES["light"], np.random.default_rng(seed))
+        before = {name: box.center.copy() for name, box in scene.objects.items()}
+        actions, _ = run(scene, NoiseRecipe(play=True), seed, steps=300)
+        changed = {name for name, box in scene.objects.items() if np.abs(box.center - before[name]).max() > 0.05}
+        assert len(changed) <= 2 and np.abs(actions).max() <= 1.0
+        closings = np.flatnonzero(np.diff(actions[:, 6]) > 0)
+        assert len(closings) == 2
+        moved |= changed
+        places.add(tuple(np.round(scene.objects["can_1"].center[:2], 1)))
+    assert moved >= {"can_1", "milk_1"} and len(places) > 2
+
+
 def test_highest_under_a_path():
     obstacles = (np.array([[0.0, 0.0, 0.1]]), np.eye(3)[None], np.array([[0.05, 0.05, 0.1]]))
     assert np.isclose(highest_under(np.array([[0.04, 0.0]]), obstacles), 0.2)
@@ -232,6 +250,20 @@ def test_plan_keeps_the_splits_apart_and_does_not_depend_on_its_length():
     goal = plan_episodes("libero_goal", 120, seed=0)
     assert Counter(plan.task for plan in goal) == dict.fromkeys(EXPERT_TASKS["libero_goal"], 20)
     assert Counter(plan.split for plan in goal) == {"train": 96, "val": 12, "test": 12}
+    kitchens = plan_episodes("libero_90", 200, seed=0)
+    assert {plan.recipe for plan in kitchens} == {"play"} and {plan.kind for plan in kitchens} == {"noisy"}
+    assert Counter(plan.task for plan in kitchens) == dict.fromkeys(EXPERT_TASKS["libero_90"], 20)
+
+
+def test_a_recipe_of_all_episodes(tmp_path: Path) -> None:
+    plans = plan_episodes("libero_object", 50, seed=0, fixed_recipe="heavy")
+    assert {plan.recipe for plan in plans} == {"heavy"} and {plan.kind for plan in plans} == {"noisy"}
+    usual = plan_episodes("libero_object", 50, seed=0)
+    assert [plan.seed for plan in plans] == [plan.seed for plan in usual]  # the same episodes, disturbed otherwise
+    for arguments in ({"recipe": "wild"}, {"recipe": "play", "policy": RandomMotion()}):
+        with pytest.raises(ValueError, match=r"one of \['clean', 'light', 'medium', 'heavy', 'play'\]"):
+            record("libero_object", 1, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recording_resumes_its_own_episodes_alone(tmp_path: Path) -> None:
@@ -284,7 +316,7 @@ def test_a_policys_plan_has_the_same_starts():
 
 def test_shares_sum_to_one():
     for shares in NOISE_SHARES.values():
-        assert set(shares) == set(NOISE_RECIPES)
+        assert set(shares) in (set(NOISE_RECIPES) - {"play"}, {"play"})
         assert sum(shares.values()) == pytest.approx(1.0)
 
 
@@ -385,7 +417,12 @@ def acted(world, recipe, seed):
     return np.array(actions), np.array(path)
 
 
-@pytest.mark.parametrize("name", [name for name in NOISE_RECIPES if name != "clean"])
+def test_a_rehearsal_cannot_play():
+    with pytest.raises(ValueError, match="'play' is for the suites of LIBERO"):
+        acted(CubeWorld(2), NOISE_RECIPES["play"], 0)
+
+
+@pytest.mark.parametrize("name", ["light", "medium", "heavy"])
 def test_a_rehearsed_experts_actions_do_not_depend_on_the_object(name):
     """The leak: once the rehearsal is over, a cube that slips away must not show in the actions."""
     world, slippery = CubeWorld(2), CubeWorld(2)
@@ -482,7 +519,7 @@ def test_random_motion_moves_as_many_arms_as_are_observed():
         assert set(np.unique(chunk[..., 6::7])) <= {-1.0, 1.0} and np.ptp(chunk, axis=1).max() == 0.0
 
 
-@pytest.mark.parametrize("recipe", [*NOISE_RECIPES, "elsewhere", "policy"])
+@pytest.mark.parametrize("recipe", ["clean", "light", "medium", "heavy", "elsewhere", "policy"])
 def test_an_episode_of_another_robot_is_recorded_whole_and_moves_only_what_the_robot_has(recipe):
     plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe=recipe, jitter=False, seed=1)
     episode = record_episode(CubeWorld(8123), plan, RandomMotion() if recipe == "policy" else None)

@@ -268,6 +268,25 @@ def test_a_policy_acts_in_the_place_of_the_scripts(env):
     assert np.array_equal(record_episode(env.simulation, plan, policy).frames, episode.frames)
 
 
+def test_a_script_plays_in_a_kitchen_whose_task_it_cannot_do():
+    from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace
+    from prophet_gym.simulators.recording import plan_episodes
+    from prophet_gym.simulators.suites import SUITES
+
+    plan = plan_episodes("libero_90", 3, seed=0, split="train")[2]
+    simulation = SUITES["libero_90"].load("libero_90", plan.task, 96)
+    with pytest.raises(ValueError, match="the goals are"):
+        PickAndPlace(simulation, NOISE_RECIPES["clean"], np.random.default_rng(0))
+    episode = record_episode(simulation, plan, video=False)
+    after = {name: simulation.geometry(name).center for name in simulation.object_names}
+    simulation.reset(plan.init_state)
+    moved = [name for name, place in after.items() if np.abs(simulation.geometry(name).center - place).max() > 0.05]
+    assert moved and episode.suite == "libero_90" and episode.kind == "noisy" and len(episode.proprio) == 41
+    again = record_episode(simulation, plan, video=False)
+    assert np.array_equal(again.proprio, episode.proprio) and np.array_equal(again.actions, episode.actions)
+    simulation.close()
+
+
 @pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 2), ("libero_goal", 4), ("libero_10", 0)])
 def test_an_experts_actions_earn_reward_one(suite, task):
     from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace

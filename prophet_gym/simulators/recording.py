@@ -71,11 +71,17 @@ class EpisodePlan:
 
 
 def plan_episodes(
-    suite: str, episodes: int, seed: int, policy: bool = False, split: str | None = None
+    suite: str,
+    episodes: int,
+    seed: int,
+    policy: bool = False,
+    split: str | None = None,
+    fixed_recipe: str | None = None,
 ) -> list[EpisodePlan]:
     """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests.
 
-    With `policy`, a policy acts in all of them; with `split`, all of them are of that split.
+    With `policy`, a policy acts in all of them; with `split`, all of them are of that split; with `fixed_recipe`, one
+    of `NOISE_RECIPES`, scripts are disturbed by it in all of them, and none is counterfactual.
     """
     facts = SUITES[suite]
     shares, tasks = facts.noise_shares, facts.tasks
@@ -85,9 +91,9 @@ def plan_episodes(
         rng = np.random.default_rng([episode_seed, 0])
         part = split or {8: "val", 9: "test"}.get(index // len(tasks) % 10, "train")
         recipe = str(rng.choice(list(shares), p=list(shares.values())))
-        if rng.uniform() < COUNTERFACTUAL_SHARE:
+        if rng.uniform() < COUNTERFACTUAL_SHARE and facts.counterfactuals:
             recipe = str(rng.choice(facts.counterfactuals))
-        recipe = "policy" if policy else recipe
+        recipe = "policy" if policy else fixed_recipe or recipe
         jitter = bool(part == "train" and rng.uniform() < facts.jitter_share and recipe != "shifted")
         init_state = int(rng.choice(facts.starts[part]))
         plans.append(EpisodePlan(index, tasks[index % len(tasks)], part, init_state, recipe, jitter, episode_seed))
@@ -103,6 +109,7 @@ def record(
     policy: Policy | None = None,
     split: str | None = None,
     video: bool = True,
+    recipe: str | None = None,
 ) -> Path:
     """Record episodes of a suite into a LeRobot data set; run it again to resume.
 
@@ -116,18 +123,24 @@ def record(
         split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
         video: False renders the first frame alone, which stands for all: half the time, for the proprioception and the
             motion of the judge, which need no other.
+        recipe: one of `NOISE_RECIPES`, of all scripted episodes. None: the suite's shares of them, and counterfactuals.
 
     Returns:
         the folder of the finished data set.
 
     Raises:
-        ValueError: an unknown suite or split, a count below 1, or `out` is another recording's.
+        ValueError: an unknown suite, split or recipe, a recipe and a policy, a count below 1, or `out` is another
+            recording's.
         ImportError: the suite's simulator is not installed; names the extra that brings it.
     """
     if suite not in SUITES:
         raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
     if split is not None and split not in SUITES[suite].starts:
         raise ValueError(f"Unknown split {split!r}. Valid splits: {list(SUITES[suite].starts)}.")
+    if recipe is not None and (policy is not None or recipe not in NOISE_RECIPES):
+        raise ValueError(
+            f"A recipe is for scripts, without a policy, and one of {list(NOISE_RECIPES)}, got {recipe!r}."
+        )
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
@@ -135,8 +148,8 @@ def record(
     root = Path(out)
     network = getattr(policy, "policy", policy)  # of a Stable-Baselines3 algorithm
     acts = weights_checksum(network) if isinstance(network, torch.nn.Module) else policy and type(policy).__name__
-    claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts)
-    plans = plan_episodes(suite, episodes, seed, policy is not None, split)
+    claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
+    plans = plan_episodes(suite, episodes, seed, policy is not None, split, recipe)
     spawn = get_context("spawn")
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)

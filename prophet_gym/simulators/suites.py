@@ -92,7 +92,8 @@ class Suite:
         load: builds the simulation of (suite, task, image size); raises ``ImportError`` where the extra is missing.
         expert: makes the scripted expert of (simulation at its start, recipe, random stream).
         starts: the initial states of each split; seeds, but for LIBERO.
-        counterfactuals: where a counterfactual episode's actions come from, see ``recording.COUNTERFACTUALS``.
+        counterfactuals: where a counterfactual episode's actions come from, see ``recording.COUNTERFACTUALS``;
+            without any there are none.
         control_steps: length of every episode, a multiple of 8.
         jitter_share: share of training episodes whose start is displaced, because the suite's own hardly differ.
     """
@@ -123,7 +124,7 @@ SUITES = {
         load=libero.load_simulation,
         expert=PickAndPlace,
         starts=SPLITS,
-        counterfactuals=("shifted", "elsewhere"),
+        counterfactuals=() if suite == "libero_90" else ("shifted", "elsewhere"),
         control_steps=240 if suite == "libero_10" else 160,  # two objects, one after the other
         jitter_share=0.5,
     )

@@ -22,6 +22,8 @@ class NoiseRecipe:
         place_offset: largest horizontal error of the place point (m), drawn uniformly from a disc.
         early_release: probability that the fingers open somewhere on the way.
         wrong_object: probability that another object of the scene is picked and placed instead.
+        play: whether the task is ignored: two objects in turn are picked, any of the scene, and each is put on any
+            other or on a surface.
     """
 
     action_sigma: float = 0.0
@@ -29,6 +31,7 @@ class NoiseRecipe:
     place_offset: float = 0.0
     early_release: float = 0.0
     wrong_object: float = 0.0
+    play: bool = False
 
 
 NOISE_RECIPES = {
@@ -36,12 +39,14 @@ NOISE_RECIPES = {
     "light": NoiseRecipe(action_sigma=0.1, grasp_offset=0.008, place_offset=0.015, wrong_object=0.05),
     "medium": NoiseRecipe(action_sigma=0.2, grasp_offset=0.02, place_offset=0.03, early_release=0.15, wrong_object=0.1),
     "heavy": NoiseRecipe(action_sigma=0.3, grasp_offset=0.035, place_offset=0.05, early_release=0.3, wrong_object=0.1),
+    "play": NoiseRecipe(action_sigma=0.2, grasp_offset=0.03, place_offset=0.05, early_release=0.2, play=True),
 }
 NOISE_SHARES = {
     "libero_object": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "libero_spatial": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "libero_goal": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
     "libero_10": {"clean": 0.40, "light": 0.30, "medium": 0.20, "heavy": 0.10},
+    "libero_90": {"play": 1.0},
     "metaworld": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "fetch": {"clean": 0.30, "light": 0.22, "medium": 0.28, "heavy": 0.20},
     "two_arm_lift": {"clean": 0.20, "light": 0.10, "medium": 0.20, "heavy": 0.50},

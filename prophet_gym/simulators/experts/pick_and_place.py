@@ -83,12 +83,16 @@ class PickAndPlace:
         rng: the source of all its randomness.
 
     Raises:
-        ValueError: a goal is another one.
+        ValueError: a goal is another one, and the recipe is not to play.
     """
 
     def __init__(self, scene: Scene, recipe: NoiseRecipe, rng: np.random.Generator) -> None:
         places = {"in": scene.object_names, "on": scene.object_names + scene.surface_names}
-        goals = [(goal[0], goal[1], goal[-1].removesuffix("_contain_region")) for goal in scene.goals]
+        if recipe.play:
+            picked = [str(name) for name in rng.choice(scene.object_names, 2)]
+            goals = [("on", name, str(rng.choice([p for p in places["on"] if p != name]))) for name in picked]
+        else:
+            goals = [(goal[0], goal[1], goal[-1].removesuffix("_contain_region")) for goal in scene.goals]
         if any(container not in places.get(relation, []) for relation, _, container in goals):
             raise ValueError(
                 f"PickAndPlace puts objects in or on others or on surfaces, but the goals are {scene.goals}. "

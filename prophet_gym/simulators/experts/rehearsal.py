@@ -69,7 +69,12 @@ def disturbed(stage: Stage, recipe: NoiseRecipe, rng: np.random.Generator, steps
         recipe: the disturbances. ``wrong_object`` has no meaning here.
         rng: the source of all randomness.
         steps: control steps of the episode.
+
+    Raises:
+        ValueError: the recipe is to play: these scripts know their own task alone.
     """
+    if recipe.play:
+        raise ValueError("This script can only do its task: the recipe 'play' is for the suites of LIBERO.")
     if recipe == NoiseRecipe():
         return stage.script()
     script = stage.script()
