@@ -270,7 +270,7 @@ def test_a_policy_acts_in_the_place_of_the_scripts(env):
 
 def test_a_script_plays_in_a_kitchen_whose_task_it_cannot_do():
     from prophet_gym.simulators.experts import NOISE_RECIPES, PickAndPlace
-    from prophet_gym.simulators.recording import plan_episodes
+    from prophet_gym.simulators.recording import plan_episodes, record_episode
     from prophet_gym.simulators.suites import SUITES
 
     plan = plan_episodes("libero_90", 3, seed=0, split="train")[2]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-from prophet_gym.data.episode import CHUNK_SIZE, IMAGE_SIZE, Policy
+from prophet_gym.data.episode import IMAGE_SIZE, Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.reward.base import balanced_thresholds
 from prophet_gym.simulators.suites import SUITES
@@ -83,7 +83,7 @@ def evaluate_in_prophet(
     # No env begins another episode here, and the infos of the last step must be the old one's.
     env_arguments = env_arguments | {"autoreset_mode": "Disabled"}
     if suite in SUITES:
-        env_arguments = {"max_chunks": SUITES[suite].control_steps // CHUNK_SIZE} | env_arguments
+        env_arguments = {"max_chunks": SUITES[suite].max_chunks} | env_arguments
     env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
@@ -186,8 +186,7 @@ def _libero_task(
 
     torch.set_num_threads(1)
     torch.manual_seed(1000 * seed + int(starts[0, 0]))
-    max_chunks = SUITES[suite].control_steps // CHUNK_SIZE
-    env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split, max_chunks=max_chunks)
+    env = LiberoEnv(suite=suite, task=int(starts[0, 0]), split=split, max_chunks=SUITES[suite].max_chunks)
     success = np.zeros(len(starts), bool)
     video: list[NDArray[np.uint8]] = []
     for index, (_, init_state) in enumerate(starts):

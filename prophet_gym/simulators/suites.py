@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from prophet_gym.data.episode import ACTION_DIM, SEED_SPLITS, SPLITS
+from prophet_gym.data.episode import ACTION_DIM, CHUNK_SIZE, SEED_SPLITS, SPLITS
 from prophet_gym.data.lerobot_format.schema import PANDA_ACTION_UNITS
 from prophet_gym.simulators import fetch, libero, metaworld, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_SHARES, NoiseRecipe, PickAndPlace
@@ -107,6 +107,11 @@ class Suite:
     counterfactuals: tuple[str, ...]
     control_steps: int
     jitter_share: float
+
+    @property
+    def max_chunks(self) -> int:
+        """Length of every episode in chunks, as the environments count it."""
+        return self.control_steps // CHUNK_SIZE
 
 
 _SEEDED: tuple[tuple[str, Robot, int, Callable[[str, int, int], Simulation], int], ...] = (
