@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from fagrpo import FAGRPO, Demonstrations, FlowPolicy, behaviour_cloning
 from fagrpo.objective import PLACEMENTS, RATIOS
+from prophet_gym.data.lerobot_format.schema import write_json
 
 Array = NDArray[np.float64]
 
@@ -452,7 +453,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30_000, help="environment steps (chunks) of each run")
     parser.add_argument("--learning-rate", type=float, help="instead of the tuned ones")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
     clones = options.out / "clones"
@@ -478,9 +479,7 @@ def main() -> None:
         ]
         for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
             results.append(future.result())
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1))
-            os.replace(temporary, path)
+            write_json(path, results)
 
     chosen = {(result["task"], result["name"], result["seed"], result["settings"]): result for result in results}
     report([chosen[job] for job in wanted], options.tasks, options.names, options.out)

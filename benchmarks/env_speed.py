@@ -9,7 +9,6 @@ actions; resets and the first step (allocation, caches) are not timed. LIBERO ru
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -23,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import prophet_gym
+from prophet_gym.data.lerobot_format.schema import write_json
 
 CHUNK_SECONDS = 0.4
 
@@ -132,9 +132,7 @@ def main() -> None:
         "arguments": arguments,
         "rows": rows,
     }
-    temporary = options.out.with_name(options.out.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, options.out)
+    write_json(options.out, report)
     print(f"wrote {options.out}")
 
 

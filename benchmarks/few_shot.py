@@ -10,8 +10,6 @@ intervals of the difference from scratch, paired by episode. A run that was kill
 
 import argparse
 import copy
-import json
-import os
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -23,6 +21,7 @@ from world_model_ablation import Scores, difference, video_scores
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.envs.models import load_world_model
 from prophet_gym.world_model import ProphetPipeline
 from prophet_gym.world_model.adaptation import adapt
@@ -102,9 +101,7 @@ def main() -> None:
     strips = [video[k, moments] for k in shown for video in (real, videos["adapted"], videos["scratch"])]
     iio.imwrite(out / "few_shot.png", np.concatenate([np.concatenate(list(strip), axis=1) for strip in strips]))
     kept = {name: {key: values.tolist() for key, values in scores.items()} for name, scores in results.items()}
-    temporary = out / ".results.json.tmp"
-    temporary.write_text(json.dumps({"arguments": vars(arguments), "scores": kept}))
-    os.replace(temporary, out / "results.json")
+    write_json(out / "results.json", {"arguments": vars(arguments), "scores": kept})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ later ones, of one thread, so that other programs on the machine change it littl
 """
 
 import argparse
-import json
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -32,6 +30,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from tqdm import tqdm
 
 from fagrpo import FAGRPO
+from prophet_gym.data.lerobot_format.schema import write_json
 
 HORIZON = 20
 GROUPS = 8
@@ -180,9 +179,7 @@ def main() -> None:
             f"{row['megabytes_ratio']:.1f}",
         )
     Console().print(table)
-    temporary = arguments.out / ".results.tmp"
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, arguments.out / "results.json")
+    write_json(arguments.out / "results.json", rows)
 
 
 if __name__ == "__main__":

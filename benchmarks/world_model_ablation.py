@@ -17,7 +17,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,10 @@ from rich.table import Table
 
 from prophet_gym.data.clips import EpisodeArrays, load_arrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.envs.models import load_world_model
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr
+from prophet_gym.run_folder import weights_checksum
 from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
 from prophet_gym.world_model.imagination import encode_frames, episode_seeds, frame_rows, replay_episodes
@@ -162,18 +163,20 @@ def main() -> None:
     arrays = subset(load_arrays(datasets, "train", num_arms=base.num_arms), arguments.episodes, seed=0)
     validation = load_arrays(datasets, "val", num_arms=base.num_arms)
     latents = encode_frames(base.vae, arrays.frames)
+    common = {
+        "checkpoint": weights_checksum(base.vae, base.transformer, base.proprioception),
+        "episodes": [arrays.checksum(), validation.checksum()],
+        "training": [SMALL, BATCH_SIZE, LEARNING_RATE, arguments.steps],
+    }
     results: dict[str, Scores] = {}
     for name in dict.fromkeys(["all", *arguments.names]):
-        common = {"checkpoint": arguments.checkpoint, "data": arguments.data, "episodes": arguments.episodes}
-        key = json.dumps(common | {"steps": arguments.steps, "settings": settings(name)}, sort_keys=True)
+        key = json.dumps(common | {"settings": settings(name)}, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         if digest not in kept:
             pipeline = train_variant(base, settings(name), arrays, latents, out / digest, arguments.steps)
             scores = {metric: values.tolist() for metric, values in measure(pipeline, validation).items()}
             kept[digest] = {"name": name, "key": json.loads(key), "scores": scores}
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(kept))
-            os.replace(temporary, file)
+            write_json(file, kept)
         results[name] = {metric: np.array(values) for metric, values in kept[digest]["scores"].items()}
     show(results, out)
 

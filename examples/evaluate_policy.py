@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument(
         "--policy",
         type=Path,
-        default=WEIGHTS / "flow-policy-libero",
-        help="folder of a FlowPolicy, or 'expert' for the script in the real simulator",
+        default=Path("flow-policy-libero"),
+        help="name of a shipped policy, folder of another, or 'expert' for the script in the real simulator",
     )
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
     parser.add_argument("--world-model", help="of Prophet: name or folder")
@@ -62,12 +62,16 @@ def main() -> None:
         arguments.repeats = 1 if arguments.deterministic else 2
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
     if arguments.policy == Path("expert"):
+        if arguments.suite not in EXPERT_TASKS:
+            parser.error(f"unknown suite {arguments.suite!r}: the scripts act in {', '.join(EXPERT_TASKS)}")
         arguments.simulator = "libero"
         starts = starts_of(EXPERT_TASKS[arguments.suite], SPLITS[arguments.split], arguments.repeats)
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
         result = SIMULATORS[arguments.simulator](
-            FlowPolicy.from_safetensors(arguments.policy),
+            FlowPolicy.from_safetensors(
+                shipped if (shipped := WEIGHTS / arguments.policy).exists() else arguments.policy
+            ),
             arguments.suite,
             starts,
             split=arguments.split,
@@ -77,10 +81,9 @@ def main() -> None:
         )
     print(f"{arguments.policy} in {arguments.simulator}, {arguments.suite} {arguments.split}: {result}")
     if arguments.out:
-        record = {key: str(value) for key, value in vars(arguments).items()}
-        record |= {"success": result.success.tolist(), "task": result.task.tolist()}
+        record = vars(arguments) | {"success": result.success.tolist(), "task": result.task.tolist()}
         with arguments.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, default=str) + "\n")
 
 
 if __name__ == "__main__":

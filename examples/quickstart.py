@@ -11,11 +11,9 @@ before_after_*.mp4, TensorBoard logs, the policy.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -32,9 +30,11 @@ from tqdm.auto import tqdm
 import prophet_gym  # noqa: F401  (registers the environments)
 from fagrpo import FAGRPO, FlowPolicy
 from prophet_gym.data.episode import SPLITS
+from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.envs.models import WEIGHTS
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
+from prophet_gym.simulators.libero import task_names
 from prophet_gym.training import best_precision
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=8e-5)
     parser.add_argument("--video", action="store_true", help="train with video, for policies that look: far slower")
     parser.add_argument(
-        "--repeats", type=int, default=1, help="evaluation episodes of each of the 50 validation starts, with video"
+        "--repeats", type=int, default=1, help="evaluation episodes of each of the 50 validation starts"
     )
     parser.add_argument("--prophet-only", action="store_true", help="leave the real simulator out")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,9 +103,14 @@ def main() -> None:
         simulators["Prophet without video, deterministic"] = lambda policy, suite, _: evaluate_in_prophet(
             policy, suite, starts_of(range(10), SPLITS["val"]), video=False, deterministic=True
         )
-    if find_spec("libero") and not arguments.prophet_only:
-        simulators["LIBERO (real)"] = evaluate_in_libero
-        simulators["LIBERO (real), deterministic"] = partial(evaluate_in_libero, deterministic=True)
+    if not arguments.prophet_only:
+        try:
+            task_names(arguments.suite)
+        except ImportError as error:  # not installed, or no OpenGL
+            print(f"Without the real simulator: {error}")
+        else:
+            simulators["LIBERO (real)"] = evaluate_in_libero
+            simulators["LIBERO (real), deterministic"] = partial(evaluate_in_libero, deterministic=True)
     before = {name: evaluate(policy, arguments.suite, starts) for name, evaluate in simulators.items()}
 
     envs = gym.make_vec(
@@ -115,12 +120,11 @@ def main() -> None:
         split="train",
         dtype=dtype,
         video=arguments.video,
-        vectorization_mode="vector_entry_point",
         autoreset_mode="SameStep",
     )
     model = FAGRPO(
         policy,
-        VecMonitor(ProphetVecEnv(envs.unwrapped), info_keywords=("is_success",)),
+        VecMonitor(ProphetVecEnv(envs), info_keywords=("is_success",)),
         learning_rate=arguments.learning_rate,
         batch_size=1024,
         kl_coef=0.01,
@@ -137,7 +141,9 @@ def main() -> None:
     )
     curve = LearningCurve(arguments.minutes)
     model.learn(total_timesteps=10**9, callback=curve)
-    improved = model.average_policy or model.policy
+    if not curve.success:
+        parser.error(f"no rollout was over after {arguments.minutes} minutes: give it more.")
+    improved = model.average_policy
     improved.export_safetensors(arguments.out / "policy")
     after = {name: evaluate(improved, arguments.suite, starts) for name, evaluate in simulators.items()}
 
@@ -161,7 +167,7 @@ def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[
     summary = {
         name: {"before": before[name].success.tolist(), "after": after[name].success.tolist()} for name in before
     }
-    (out / "results.json").write_text(json.dumps({"success": summary, "training_curve": curve}))
+    write_json(out / "results.json", {"success": summary, "training_curve": curve})
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
     axes.plot(np.arange(1, len(curve) + 1), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout")

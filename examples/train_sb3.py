@@ -35,7 +35,7 @@ def main() -> None:
     )
     venv = VecMonitor(ProphetVecEnv(envs), info_keywords=("is_success",))
     # Off-policy algorithms keep transitions in memory: an image is 27 kB, twice a transition. PPO's 2048 steps of every
-    # env before its first update would take half an hour: an episode has 20.
+    # env before its first update would take many minutes: an episode has 20.
     settings = {"SAC": {"buffer_size": 10_000}, "TD3": {"buffer_size": 10_000}, "PPO": {"n_steps": 20}}
     model = getattr(stable_baselines3, arguments.algorithm)(
         "MultiInputPolicy",

@@ -168,9 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="libero_object, libero_spatial, libero_goal, libero_10, libero_90, metaworld, fetch or two_arm_lift",
     )
-    record.add_argument("--episodes", type=int, default=500)
+    record.add_argument("--episodes", type=int, default=500, help="of all tasks in turn")
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
-    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--seed", type=int, default=0, help="of the whole recording")
     record.add_argument("--workers", type=int, default=None, help="processes; without it one for each core")
     record.add_argument(
         "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
@@ -208,8 +208,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("both", "scalars", "frames"),
         help="how the transformer sees the actions: both, scalars (no camera is used at all) or frames",
     )
-    train.add_argument("--out", required=True)
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the pipeline")
+    train.add_argument("--seed", type=int, default=0, help="of weights and batches")
     train.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     train.set_defaults(run=_train)
 
@@ -232,8 +232,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="adapt; extend, video (a GPU), or motion, which begins anew (many episodes); debug (seconds)",
     )
     adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
-    adapt.add_argument("--out", required=True)
-    adapt.add_argument("--seed", type=int, default=0)
+    adapt.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the pipeline")
+    adapt.add_argument("--seed", type=int, default=0, help="of episodes and batches")
     adapt.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     adapt.set_defaults(run=_adapt)
 
@@ -241,9 +241,9 @@ def build_parser() -> argparse.ArgumentParser:
         "train-reward", help="train and calibrate the success classifier", formatter_class=formatter
     )
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
-    reward.add_argument("--out", required=True)
-    reward.add_argument("--steps", type=int, default=3000)
-    reward.add_argument("--learning-rate", type=float, default=1e-3)
+    reward.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the judge")
+    reward.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    reward.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
         "--world-model",
@@ -255,7 +255,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
     reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
-    reward.add_argument("--seed", type=int, default=0)
+    reward.add_argument("--seed", type=int, default=0, help="of weights and batches")
     reward.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     reward.set_defaults(run=_train_reward)
 

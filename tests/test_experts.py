@@ -263,6 +263,9 @@ def test_a_recipe_of_all_episodes(tmp_path: Path) -> None:
     for arguments in ({"recipe": "wild"}, {"recipe": "play", "policy": RandomMotion()}):
         with pytest.raises(ValueError, match=r"one of \['clean', 'light', 'medium', 'heavy', 'play'\]"):
             record("libero_object", 1, tmp_path / "out", **arguments)
+    for suite, recipe in (("metaworld", "play"), ("libero_90", "clean")):
+        with pytest.raises(ValueError, match=f"The recipe of '{suite}'"):
+            record(suite, 1, tmp_path / "out", recipe=recipe)
     assert not (tmp_path / "out").exists()
 
 

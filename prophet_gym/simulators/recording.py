@@ -123,7 +123,7 @@ def record(
         split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
         video: False renders the first frame alone, which stands for all: half the time, for the proprioception and the
             motion of the judge, which need no other.
-        recipe: one of `NOISE_RECIPES`, of all scripted episodes. None: the suite's shares of them, and counterfactuals.
+        recipe: of all scripted episodes, one of the suite's. None: its shares of them, and counterfactuals.
 
     Returns:
         the folder of the finished data set.
@@ -137,11 +137,13 @@ def record(
         raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
     if split is not None and split not in SUITES[suite].starts:
         raise ValueError(f"Unknown split {split!r}. Valid splits: {list(SUITES[suite].starts)}.")
-    if recipe is not None and (policy is not None or recipe not in NOISE_RECIPES):
+    recipes = SUITES[suite].recipes
+    if recipe is not None and (policy is not None or recipe not in recipes):
         raise ValueError(
-            f"A recipe is for scripts, without a policy, and one of {list(NOISE_RECIPES)}, got {recipe!r}."
+            f"The recipe of {suite!r} is for scripts, without a policy, and one of {recipes}, got {recipe!r}."
         )
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    if workers is None:  # where the system knows, the cores that this process may use
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, count in (("episodes", episodes), ("workers", workers)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")

@@ -109,6 +109,11 @@ class Suite:
     jitter_share: float
 
     @property
+    def recipes(self) -> list[str]:
+        """The noise recipes that its script can follow."""
+        return list(dict.fromkeys([*self.noise_shares, *(["play"] if self.expert is PickAndPlace else [])]))
+
+    @property
     def max_chunks(self) -> int:
         """Length of every episode in chunks, as the environments count it."""
         return self.control_steps // CHUNK_SIZE

@@ -1,5 +1,6 @@
 """ProphetPipeline: from frames, proprioception and a chunk of actions to the frames that follow."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -233,7 +234,14 @@ class ProphetPipeline(DiffusionPipeline):
         return self.proprioception.config.num_arms
 
     def arms(self, suite: str) -> int:
-        """Arms of the robot of a suite, the first ones of the K."""
+        """Arms of the robot of a suite, the first ones of the K; warns of a suite that it was not trained on."""
+        if not any(suite in known for _, known in self.config.robots):
+            suites = sorted(suite for _, known in self.config.robots for suite in known)
+            warnings.warn(
+                f"This Prophet was not trained on {suite!r} (but on {suites}): it takes the robot for the first that "
+                "it knows. Adapt it with `prophet adapt`.",
+                stacklevel=2,
+            )
         return int(self.proprioception.arm_mask[self.robot([suite])].sum())
 
     @torch.inference_mode()
