@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,6 +319,21 @@ def test_equals_sync_vector_env_on_the_real_models(real: dict[str, Any]) -> None
         for infos in (ours[4], theirs[4]):
             infos.pop("frames", None)
         assert data_equivalence(ours, theirs)
+
+
+def test_a_suite_that_the_world_model_was_not_trained_on_warns(starts: str) -> None:
+    models = {
+        "world_model": ProphetPipeline.tiny_random(),
+        "reward_model": FakeRewardModel(2.0),
+        "start_states": starts,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs = ProphetVectorEnv(suite="libero_object", **models)
+    with pytest.warns(UserWarning, match=r"not trained on 'libero_spatial' \(but on \['libero_object'\]\)"):
+        ProphetVectorEnv(suite="libero_spatial", **models)
+    with pytest.warns(UserWarning, match="not trained on 'libero_spatial'"):
+        envs.reset(options={"suite": "libero_spatial"})
 
 
 def test_what_is_seen_is_what_the_world_model_replays(starts: str) -> None:
