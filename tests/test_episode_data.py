@@ -258,6 +258,30 @@ def test_a_data_set_without_video_says_so(tmp_path: Path) -> None:
         make_writer(tmp_path / "blind").written(0)
 
 
+def test_a_finalize_that_fails_leaves_a_finished_data_set_as_it_is(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    before = (tmp_path / "meta/info.json").read_bytes()
+    with pytest.raises(ValueError, match="was written with the settings"):
+        make_writer(tmp_path, fps=10).finalize()
+    path = tmp_path / "data/chunk-000/file-001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"file-001\.parquet"):
+        make_writer(tmp_path).finalize()
+    path.write_bytes(content)
+    assert (tmp_path / "meta/info.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"file-000\.parquet has actions other than zero"):
+        make_writer(tmp_path, action_mask=(True,) * 3 + (False,) * 3 + (True,)).finalize()
+
+
+def test_a_damaged_info_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "meta/info.json"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"info\.json is damaged"):
+        EpisodeDataset(tmp_path)
+
+
 def test_finalize_is_repeatable_and_extension_unfinalizes(tmp_path: Path) -> None:
     write_all(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -445,14 +469,15 @@ def write_foreign(root: Path, lengths: tuple[int, ...] = (9, 6), with_success: b
     frames = np.kron(levels, np.ones((1, 32, 32, 1), np.uint8))
     state = rng.normal(size=(total, 8)).astype(np.float32)
     action = rng.uniform(-1, 1, (total, 7)).astype(np.float32)
-    success = np.concatenate([np.arange(n) == n - 1 for n in lengths])
+    success = np.concatenate([np.arange(n) >= n - 3 for n in lengths])
+    after = np.concatenate([np.arange(n) + 1 >= n - 3 for n in lengths])  # what the action of a row leads to
     episode_index = np.repeat(np.arange(len(lengths)), lengths)
     columns = {
         "observation.state": pa.FixedSizeListArray.from_arrays(pa.array(state.ravel()), 8),
         "action": pa.array(action.tolist(), pa.list_(pa.float32())),
         "frame_index": pa.array(np.concatenate([np.arange(n) for n in lengths])),
         "episode_index": pa.array(episode_index),
-    } | ({"next.success": pa.array(success)} if with_success else {})
+    } | ({"next.success": pa.array(after)} if with_success else {})
     shapes = {"observation.state": [8], "action": [7], "next.success": [1], "frame_index": [1], "episode_index": [1]}
     features: dict[str, Any] = {name: {"dtype": "float32", "shape": shapes[name], "names": None} for name in columns}
     features[key] = {"dtype": "video", "shape": [64, 64, 3], "names": ["height", "width", "channels"]}

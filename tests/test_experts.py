@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -215,6 +216,17 @@ def test_play_ignores_the_task_and_moves_two_objects():
         moved |= changed
         places.add(tuple(np.round(scene.objects["can_1"].center[:2], 1)))
     assert moved >= {"can_1", "milk_1"} and len(places) > 2
+
+
+def test_an_early_release_is_of_the_first_object_alone():
+    for seed in range(20):
+        held = []
+        for probability in (0.0, 1.0):
+            actions, expert = run(make_scene(), NoiseRecipe(early_release=probability, play=True), seed, steps=300)
+            closings, openings = (np.flatnonzero(np.diff(actions[:, 6]) * sign > 0) for sign in (1, -1))
+            assert expert.finished and len(closings) == len(openings) == 2
+            held.append(openings - closings)
+        assert held[1][0] < 9 + 30 and abs(held[1][1] - held[0][1]) <= 2
 
 
 def test_highest_under_a_path():
@@ -547,6 +559,37 @@ def test_a_policy_keeps_its_own_arrays():
     policy = Still()
     first, second = (record_episode(CubeWorld(8123), plan, policy) for _ in range(2))
     assert first.actions.any() and np.array_equal(first.actions, second.actions) and not policy.chunk.any()
+
+
+class Watcher:
+    """A policy that stands still, and keeps the pictures that it is shown."""
+
+    def __init__(self, **attributes):
+        self.seen = []
+        vars(self).update(attributes)
+
+    def predict(self, observation, deterministic=False):
+        self.seen.append(int(observation["image"][0, 0, 0, 0]))
+        return np.zeros((1, 8, 7), np.float32), None
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_a_policy_sees_the_present_whatever_is_kept(video):
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe="policy", jitter=False, seed=1)
+    space = spaces.Dict({"image": spaces.Box(0, 255, (96, 96, 3), np.uint8)})
+    for policy in (Watcher(), Watcher(used_space=space), Watcher(policy=Watcher(used_space=space))):
+        episode = record_episode(CubeWorld(8123), plan, policy, video)
+        assert policy.seen == list(range(0, 160, 8))
+        assert np.ptp(episode.frames) == (160 if video else 0)
+    blind = Watcher(used_space=spaces.Dict({"proprio": spaces.Box(-1, 1, (8,))}))
+    record_episode(CubeWorld(8123), plan, blind, video=False)
+    assert set(blind.seen) == {0}, "nothing is rendered for one that does not look"
+
+
+def test_a_policy_does_not_act_in_a_counterfactual():
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe="elsewhere", jitter=False, seed=1)
+    policy = Watcher()
+    assert record_episode(CubeWorld(8123), plan, policy).actions.any() and not policy.seen
 
 
 def test_a_turned_hand_has_an_orientation_without_jumps():

@@ -221,7 +221,8 @@ class LiberoSimulation:
         if name not in self._roots:
             site = self._model.site(name).id
             size = 2 * np.array(self._env.env.object_sites_dict[name].size, dtype=np.float64)
-            return ObjectGeometry(self._data.site_xpos[site].copy(), self._data.site_xmat[site].reshape(3, 3), size)
+            rotation = self._data.site_xmat[site].reshape(3, 3).copy()
+            return ObjectGeometry(self._data.site_xpos[site].copy(), rotation, size)
         rotation = self._data.xmat[self._roots[name]].reshape(3, 3).copy()
         centers, rotations, halves = self._boxes(self._geoms[name])
         centers = centers @ rotation  # in the axes of the body
@@ -248,7 +249,8 @@ class LiberoSimulation:
     def _groups(self, touching: set[frozenset[str]]) -> list[set[str]]:
         """Objects and fixtures, put together where they touch."""
         groups: list[set[str]] = [{name} for name in self._roots]
-        for pair in touching:
+        # In an order that is the same in every process: the jitter draws random numbers group by group.
+        for pair in sorted(touching, key=sorted):
             joined = set().union(*(group for group in groups if group & pair))
             groups = [group for group in groups if not group & pair] + [joined]
         return groups

@@ -2,8 +2,9 @@
 policy.
 
 All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 240 and 61 in libero_10, 96 and 25 in
-Meta-World, 120 and 31 in two_arm_lift) whatever happens in them, and a script's actions never depend on whether the
-object was grasped: else a judge could read the outcome off the actions.
+Meta-World, 120 and 31 in two_arm_lift) whatever happens in them, and a disturbed script's actions never depend on
+whether the object was grasped: else a judge could read the outcome off the actions. (Undisturbed, the scripts of the
+other robots than LIBERO's look at the objects.)
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 import queue
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -121,8 +123,8 @@ def record(
         workers: processes; None is one per core. Each needs up to 2.5 GB with LIBERO, 0.5 GB with the others.
         policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
         split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
-        video: False renders the first frame alone, which stands for all: half the time, for the proprioception and the
-            motion of the judge, which need no other.
+        video: False keeps the first frame alone, which stands for all: half the time, for the proprioception and the
+            motion of the judge, which need no other. A policy still sees the present, see `looks_at_image`.
         recipe: of all scripted episodes, one of the suite's. None: its shares of them, and counterfactuals.
 
     Returns:
@@ -155,20 +157,26 @@ def record(
     spawn = get_context("spawn")
     written = spawn.Queue()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
+    done = 0
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
         by_task = [[plan for plan in plans if plan.task == task] for task in SUITES[suite].tasks]
         jobs = [pool.submit(_record_task, suite, root, some, policy, video) for some in by_task if some]
-        while progress.n < episodes and not any(job.done() and job.exception() for job in jobs):
-            try:
-                written.get(timeout=1.0)
+        try:
+            while done < episodes and not any(job.done() and job.exception() for job in jobs):
+                try:
+                    written.get(timeout=1.0)
+                except queue.Empty:
+                    continue
+                done += 1
                 progress.update()
-            except queue.Empty:
-                continue
-        if failed := next((job for job in jobs if job.done() and job.exception()), None):
-            for job in jobs:
-                job.cancel()
-            failed.result()  # raises
+            if failed := next((job for job in jobs if job.done() and job.exception()), None):
+                failed.result()  # raises
+        except BaseException:  # a KeyboardInterrupt too: else the pool would record all that is left before it ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         cameras = [job.result() for job in jobs]
+    if not all(np.allclose(camera[name], cameras[0][name]) for camera in cameras for name in camera):
+        raise ValueError(f"The tasks of {suite!r} have different cameras, and a data set has one for each suite.")
     _writer(root, cameras[0], SUITES[suite].robot, video).finalize(episodes)
     return root
 
@@ -189,13 +197,16 @@ def record_episode(
     noises = [ActionNoise(sigma, noise_rng) for _ in range(suite.robot.num_arms)]
     if plan.recipe == "policy" and policy is None:
         raise ValueError("The plan's recipe is 'policy': pass the policy that acts.")
+    looks = policy is not None and looks_at_image(policy)
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
     for step in range(suite.control_steps):
         if expert is not None:
             actions[step] = expert.act()
-        elif policy is not None and step % CHUNK_SIZE == 0:
+        elif plan.recipe == "policy" and policy is not None and step % CHUNK_SIZE == 0:
+            # Without video nothing was rendered since the first frame, and a policy that looks must see the present.
+            image = frames[-1] if video or not looks else simulation.render()
             observation = {
-                "image": frames[-1][None],
+                "image": image[None],
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
@@ -227,6 +238,12 @@ def record_episode(
         robot=suite.robot.name,
         seed=plan.seed,
     )
+
+
+def looks_at_image(policy: Policy) -> bool:
+    """Whether a policy uses the picture, as far as its `used_space` says, see `fagrpo.FlowPolicy`."""
+    space = getattr(getattr(policy, "policy", policy), "used_space", None)  # of a Stable-Baselines3 algorithm
+    return not isinstance(space, gym.spaces.Dict) or "image" in space.spaces
 
 
 def _clean_actions_elsewhere(
@@ -285,7 +302,10 @@ def _record_task(
     simulation = SUITES[suite].load(suite, plans[0].task, IMAGE_SIZE)
     camera = simulation.camera()
     writer = _writer(root, camera, SUITES[suite].robot, video)
+    parent = parent_process()
     for plan in plans:
+        if parent is not None and not parent.is_alive():  # else it would write beside the run that resumes
+            raise RuntimeError("The recording was killed.")
         earlier = writer.written(plan.index)
         if earlier is not None:
             check_resumed(root, earlier, suite, plan)

@@ -11,7 +11,8 @@ A data set is one folder::
 LeRobot's own loader reads it. An :class:`~prophet_gym.data.episode.Episode` of T + 1 frames is T + 1 rows. The
 ``action`` of row k is the block of ``frame_stride`` actions executed between frame k and frame k + 1, flattened. The
 last row has no such block: it holds a no-op (zero motion, the last gripper command) and is not part of
-``Episode.actions``.
+``Episode.actions``. ``next.success`` of row k is the verdict at frame k, so that each row is one moment; other software
+means frame k + 1 by it, and so does :class:`EpisodeDataset` where other software wrote the data set.
 
 What the format has no place for is kept under the key ``prophet`` of ``info.json`` (frame stride, camera, orientation,
 the meaning of an action, one record per episode) and in ``prophet/...`` columns of ``meta/episodes``.

@@ -272,6 +272,8 @@ class EpisodeDataset(Sequence[Episode]):
                 )
         if "next.success" in table.column_names:
             success = numeric_column(table, "next.success")[:, 0].astype(np.bool_)
+            if self._foreign is not None:  # of other software row k has what frame k + 1 shows; the outcome stays
+                success = np.concatenate([[False], success[:-2], success[-1:]])
         else:
             success = np.zeros(row["length"], np.bool_)
             success[-1] = record.success
@@ -356,7 +358,10 @@ def _load_info(root: Path) -> dict[str, Any]:
             f"{path} is absent: if {root} is the folder of an unfinished recording, run the same record command again "
             "to resume it; otherwise it is no data set."
         )
-    info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or finalize the data set again.") from error
     version = str(info.get("codebase_version"))
     if not version.startswith("v3."):
         raise ValueError(

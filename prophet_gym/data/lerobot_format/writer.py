@@ -130,11 +130,7 @@ class LeRobotWriter:
         ):
             if expected != got:
                 raise ValueError(f"Episode {index} has {name} {got}, but this data set is written with {expected}.")
-        if episode.actions[..., ~np.array(self.action_mask)].any():
-            raise ValueError(
-                f"Episode {index} has actions other than zero where the action mask {self.action_mask} of the robot "
-                f"{self.robot!r} says that it obeys none: set them to zero."
-            )
+        self._check_mask(f"Episode {index}", episode.actions)
         count = len(episode.frames)
         no_op = np.zeros((1, self.frame_stride, ACTION_DIM * self.num_arms), np.float32)
         no_op[..., GRIPPERS] = episode.actions[-1, -1, GRIPPERS]
@@ -186,17 +182,19 @@ class LeRobotWriter:
         :param total_episodes: how many episodes there must be; ``None`` takes those found.
         :raises FileNotFoundError: there is no episode, or one below the highest index (or ``total_episodes``) is
             missing.
-        :raises ValueError: an episode's file is damaged, or was written with other settings than this writer's.
+        :raises ValueError: an episode's file is damaged, was written with other settings than this writer's, or has
+            actions that its mask leaves out.
         """
         paths = self._episode_files(total_episodes)
+        for number in range(len(paths)):
+            self.written(number)  # raises, while the data set is still as it was
         (self.root / "meta/info.json").unlink(missing_ok=True)
         records, histograms, episode_stats, numeric = [], [], [], []
         tasks: dict[str, int] = {}
         rows = 0
         for path in paths:
             table = read_table(path)
-            stored = json.loads((table.schema.metadata or {}).get(b"prophet", b"{}"))
-            self._check_settings(path, stored)
+            stored = json.loads(table.schema.metadata[b"prophet"])
             record = EpisodeRecord(**stored["record"])
             task_index = tasks.setdefault(record.instruction, len(tasks))
             index = np.arange(rows, rows + record.length)
@@ -207,6 +205,7 @@ class LeRobotWriter:
                 table = _set_column(table, "task_index", np.full(record.length, task_index))
                 write_table(path, table)
             values = {name: numeric_column(table, name) for name in table.column_names if name != IMAGE_KEY}
+            self._check_mask(path, values["action"].reshape(record.length, self.frame_stride, -1))
             histogram = np.array(stored["image_histogram"], np.int64)
             records.append(record)
             histograms.append(histogram)
@@ -277,6 +276,13 @@ class LeRobotWriter:
             raise ValueError(
                 f"{path} was written with the settings {stored.get('settings')}, this writer has "
                 f"{self._settings()}: use another folder, or delete the file and record it again."
+            )
+
+    def _check_mask(self, name: Path | str, actions: NDArray[Any]) -> None:
+        if actions[..., ~np.array(self.action_mask)].any():
+            raise ValueError(
+                f"{name} has actions other than zero where the action mask {self.action_mask} of the robot "
+                f"{self.robot!r} says that it obeys none: set them to zero."
             )
 
     def _settings(self) -> dict[str, Any]:

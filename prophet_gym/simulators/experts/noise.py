@@ -20,10 +20,10 @@ class NoiseRecipe:
         action_sigma: standard deviation of AR(1) noise on the six motion actions, in action units.
         grasp_offset: largest horizontal error of the grasp point (m), drawn uniformly from a disc.
         place_offset: largest horizontal error of the place point (m), drawn uniformly from a disc.
-        early_release: probability that the fingers open somewhere on the way.
+        early_release: probability that the fingers open somewhere on the way of the first object.
         wrong_object: probability that another object of the scene is picked and placed instead.
-        play: whether the task is ignored: two objects in turn are picked, any of the scene, and each is put on any
-            other or on a surface.
+        play: whether the task is ignored: any object of the scene is put on any other or on a surface, and then another
+            one, as far as the time allows.
     """
 
     action_sigma: float = 0.0

@@ -135,6 +135,8 @@ class PickAndPlace:
         if not self.finished and self._steps_in_leg >= (leg.min_steps if arrived else leg.max_steps):
             self._leg, self._steps_in_leg = self._leg + 1, 0
             leg = self._legs[self._leg]
+            if leg.name == "cross":
+                self._early_release_at = 999  # only the first object is dropped
         self._steps_in_leg += 1
         gripper = leg.gripper
         if leg.name in ("lift", "move", "lower"):
