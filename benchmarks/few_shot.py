@@ -94,7 +94,7 @@ def main() -> None:
     for name, scores in results.items():
         mean, low, high = difference(scores["episode"], results["scratch"]["episode"])
         cells = [f"{scores[key].mean():.2f} ({scores[key].std():.2f})" if key in scores else "" for key in METRICS]
-        table.add_row(name, *cells, f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+        table.add_row(name, *cells, "" if name == "scratch" else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
     Console(width=150).print(table)
 
     shown, moments = np.linspace(0, len(real) - 1, 4).astype(int), np.linspace(4, real.shape[1] - 1, 6).astype(int)
