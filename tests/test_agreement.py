@@ -137,7 +137,7 @@ def test_the_report_measures_what_it_says(data: Path, tmp_path: Path) -> None:
     assert outcome["imagined_frames"]["accuracy"] == 0.5 and outcome["imagined_frames"]["recall"] == 0
     assert outcome["actions_only"]["accuracy"] == 1
     # The real frames are red from the first chunk's end, so within it, too, the judge is right.
-    names = ["real_frames", "imagined_frames", "actions_only", "actions_only_as_strict"]
+    names = ["real_frames", "imagined_frames", "imagined_frames_balanced", "actions_only", "actions_only_as_strict"]
     assert list(report["outcome"]["within 1 chunks"]) == names
     assert report["outcome"]["within 1 chunks"]["real_frames"]["accuracy"] == 1
 
@@ -259,7 +259,7 @@ def test_suites_of_different_lengths_are_counted_together() -> None:
         peaks = np.zeros((2, chunks))
         peaks[0, peak_at] = 0.9
         ones = np.ones(2)
-        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, peaks, ones * 0.5, ones * 0.5)
+        return Verdicts(np.array(["clean"] * 2), peaks > 0.5, peaks, peaks, peaks, ones * 0.5, ones * 0.5, ones * 0.5)
 
     together = concatenate_verdicts([verdicts(3, 1), verdicts(5, 4)])
     assert together.solved.shape == (4, 5)
@@ -277,7 +277,11 @@ def test_the_control_is_compared_when_it_is_as_strict_as_the_judge() -> None:
     strict = as_strict(control, judge, threshold, solved)
     assert 0.8 < strict <= 0.9
     kinds = np.array(["policy"] * 6)
-    report = Verdicts(kinds, solved, judge, judge, control, threshold, np.full(6, strict)).report()["all"]
+    lenient = np.full(6, judge.min() - 0.01)
+    report = Verdicts(kinds, solved, judge, judge, control, threshold, lenient, np.full(6, strict)).report()["all"]
+    balanced, usual = report["imagined_frames_balanced"], report["imagined_frames"]
+    assert balanced["recall"] == balanced["false_success_rate"] == 1 and usual["false_success_rate"] == 0.25
+    assert balanced["auroc"] == usual["auroc"]
     loose, as_judge = report["actions_only"], report["actions_only_as_strict"]
     assert (loose["false_success_rate"], loose["recall"]) == (0.75, 1.0)
     assert (as_judge["false_success_rate"], as_judge["recall"]) == (0.25, 0.5)

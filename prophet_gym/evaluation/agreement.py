@@ -22,7 +22,7 @@ from prophet_gym.evaluation.actions_only import predict_from_actions
 from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, optical_flow
 from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
-from prophet_gym.reward.base import RewardModel, thresholds
+from prophet_gym.reward.base import RewardModel, balanced_thresholds, thresholds
 from prophet_gym.reward.training import choose_threshold, episode_metrics
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
@@ -46,7 +46,8 @@ class Verdicts:
         kind: (E,), as in `Episode`. solved: (E, C), by the real simulator at the end of each chunk.
         real_frames, imagined_frames: (E, C), the judge's probability at the end of each chunk.
         actions_only: (E, C), that of the control, see `predict_from_actions`; its threshold is 0.5.
-        threshold: (E,), of the judge's probability.
+        threshold: (E,), of the judge's probability, at which few failures pass. balanced_threshold: (E,), at which as
+            many pass as successes are missed on validation episodes: what the control's 0.5 is to be compared with.
         strict_threshold: (E,), at which the control lets no more failures pass than the judge does in imagination, see
             `as_strict`.
     """
@@ -57,11 +58,13 @@ class Verdicts:
     imagined_frames: NDArray[np.float64]
     actions_only: NDArray[np.float64]
     threshold: NDArray[np.float64]
+    balanced_threshold: NDArray[np.float64]
     strict_threshold: NDArray[np.float64]
 
     def report(self) -> dict[str, dict[str, dict[str, float]]]:
-        """`episode_metrics` of each of the three, and of the control when it is as strict as the judge, over all
-        episodes and by kind; and of what is solved within a quarter, a half and three quarters of the episode."""
+        """`episode_metrics` of each of the three, of the judge in imagination at its balanced threshold, and of the
+        control when it is as strict as the judge, over all episodes and by kind; and of what is solved within a
+        quarter, a half and three quarters of the episode."""
         everything, chunks = np.ones(len(self.kind), bool), self.solved.shape[1]
         groups = {"all": (everything, chunks)}
         groups |= {str(kind): (self.kind == kind, chunks) for kind in np.unique(self.kind)}
@@ -70,6 +73,7 @@ class Verdicts:
         limits = {
             "real_frames": (self.real_frames, self.threshold),
             "imagined_frames": (self.imagined_frames, self.threshold),
+            "imagined_frames_balanced": (self.imagined_frames, self.balanced_threshold),
             "actions_only": (self.actions_only, np.full_like(self.threshold, 0.5)),
             "actions_only_as_strict": (self.actions_only, self.strict_threshold),
         }
@@ -340,6 +344,7 @@ def _verdicts(
         imagined_frames=imagined_frames,
         actions_only=control,
         threshold=threshold,
+        balanced_threshold=balanced_thresholds(judge, arrays.suites),
         strict_threshold=np.full_like(threshold, as_strict(control, imagined_frames, threshold, solved)),
     )
 
