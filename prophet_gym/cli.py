@@ -19,8 +19,10 @@ def _record(arguments: argparse.Namespace) -> None:
         policy = RandomMotion()
     elif arguments.policy is not None:
         from fagrpo import FlowPolicy
+        from prophet_gym.envs.models import WEIGHTS
 
-        policy = FlowPolicy.from_safetensors(arguments.policy)
+        shipped = WEIGHTS / arguments.policy
+        policy = FlowPolicy.from_safetensors(shipped if shipped.exists() else arguments.policy)
     record(
         arguments.suite,
         arguments.episodes,
@@ -173,7 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--seed", type=int, default=0, help="of the whole recording")
     record.add_argument("--workers", type=int, default=None, help="processes; without it one for each core")
     record.add_argument(
-        "--policy", default=None, help="folder of a FlowPolicy that acts in place of the scripts, or 'random'"
+        "--policy",
+        default=None,
+        help="who acts in place of the scripts: name of a shipped policy, folder of another, or 'random'",
     )
     record.add_argument(
         "--recipe",
