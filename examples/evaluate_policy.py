@@ -16,7 +16,7 @@ import torch
 
 from fagrpo import FlowPolicy
 from prophet_gym.data.episode import SPLITS
-from prophet_gym.envs.models import WEIGHTS
+from prophet_gym.envs.models import checkpoint_path
 from prophet_gym.evaluation.policy_success import (
     evaluate_expert,
     evaluate_in_libero,
@@ -33,8 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--policy",
-        type=Path,
-        default=Path("flow-policy-libero"),
+        default="flow-policy-libero",
         help="name of a shipped policy, folder of another, or 'expert' for the script in the real simulator",
     )
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
@@ -54,14 +53,14 @@ def main() -> None:
     options = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
         options["video"] = False
-    if options and (arguments.simulator != "prophet" or arguments.policy == Path("expert")):
+    if options and (arguments.simulator != "prophet" or arguments.policy == "expert"):
         parser.error("--world-model, --reward-model and --no-video belong to Prophet: leave them out here.")
 
     torch.manual_seed(arguments.seed)
     if arguments.repeats is None:  # a deterministic policy does the same again
         arguments.repeats = 1 if arguments.deterministic else 2
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
-    if arguments.policy == Path("expert"):
+    if arguments.policy == "expert":
         if arguments.suite not in EXPERT_TASKS:
             parser.error(f"unknown suite {arguments.suite!r}: the scripts act in {', '.join(EXPERT_TASKS)}")
         arguments.simulator = "libero"
@@ -69,9 +68,7 @@ def main() -> None:
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
         result = SIMULATORS[arguments.simulator](
-            FlowPolicy.from_safetensors(
-                shipped if (shipped := WEIGHTS / arguments.policy).exists() else arguments.policy
-            ),
+            FlowPolicy.from_safetensors(checkpoint_path(arguments.policy)),
             arguments.suite,
             starts,
             split=arguments.split,

@@ -19,10 +19,9 @@ def _record(arguments: argparse.Namespace) -> None:
         policy = RandomMotion()
     elif arguments.policy is not None:
         from fagrpo import FlowPolicy
-        from prophet_gym.envs.models import WEIGHTS
+        from prophet_gym.envs.models import checkpoint_path
 
-        shipped = WEIGHTS / arguments.policy
-        policy = FlowPolicy.from_safetensors(shipped if shipped.exists() else arguments.policy)
+        policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
     record(
         arguments.suite,
         arguments.episodes,

@@ -200,10 +200,15 @@ def _dtype(dtype: str) -> torch.dtype:
     return DTYPES.get(dtype, torch.float32)
 
 
+def checkpoint_path(name: str | Path) -> Path:
+    """Where a checkpoint lies, or would lie: a shipped one by its name, any other by its folder."""
+    shipped = WEIGHTS / name
+    return shipped if isinstance(name, str) and shipped.is_dir() else Path(name).expanduser().resolve()
+
+
 def _checkpoint(name: str | Path, kind: str, index: str) -> Path:
     """The folder of a checkpoint; ``index`` is the JSON file that every such folder has."""
-    shipped = WEIGHTS / name
-    path = shipped if isinstance(name, str) and shipped.is_dir() else Path(name).expanduser().resolve()
+    path = checkpoint_path(name)
     if not path.is_dir():
         names = sorted(folder.name for folder in WEIGHTS.glob("*") if (folder / index).is_file())
         raise FileNotFoundError(

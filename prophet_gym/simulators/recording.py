@@ -150,7 +150,7 @@ def record(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    network = getattr(policy, "policy", policy)  # of a Stable-Baselines3 algorithm
+    network = _network(policy)
     acts = weights_checksum(network) if isinstance(network, torch.nn.Module) else policy and type(policy).__name__
     claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
     plans = plan_episodes(suite, episodes, seed, policy is not None, split, recipe)
@@ -242,8 +242,13 @@ def record_episode(
 
 def looks_at_image(policy: Policy) -> bool:
     """Whether a policy uses the picture, as far as its `used_space` says, see `fagrpo.FlowPolicy`."""
-    space = getattr(getattr(policy, "policy", policy), "used_space", None)  # of a Stable-Baselines3 algorithm
+    space = getattr(_network(policy), "used_space", None)
     return not isinstance(space, gym.spaces.Dict) or "image" in space.spaces
+
+
+def _network(policy: Policy | None) -> Any:
+    """The policy itself, also of a Stable-Baselines3 algorithm."""
+    return getattr(policy, "policy", policy)
 
 
 def _clean_actions_elsewhere(
