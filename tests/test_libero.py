@@ -5,6 +5,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -326,10 +328,15 @@ class Idle:
 
 
 class FailsOnTheSecondTask:
-    """A policy that stands still, and fails once it is told of the second task."""
+    """A policy that stands still, and fails once it is told of the second task and the first one has an episode."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def predict(self, observation, deterministic=False):
         if not np.array_equal(observation["instruction"][0], embedding_of(0)):
+            while not list(self.folder.rglob("*.parquet")):
+                time.sleep(0.1)
             raise RuntimeError("no idea")
         return NO_OP[None], None
 
@@ -339,8 +346,11 @@ def embedding_of(task):
     return instruction_embedding(start.instruction)
 
 
-def test_a_recording_that_fails_in_one_task_says_so_and_another_policy_does_not_resume_it(tmp_path):
+def test_a_recording_that_fails_in_one_task_stops_says_so_and_another_policy_does_not_resume_it(tmp_path):
+    out = tmp_path / "data"
     with pytest.raises(RuntimeError, match="no idea"):
-        record("libero_object", 2, tmp_path / "data", workers=2, policy=FailsOnTheSecondTask(), video=False)
+        record("libero_object", 80, out, workers=2, policy=FailsOnTheSecondTask(out), video=False)
+    assert not active_children(), "what still records would write beside the run that resumes"
+    assert 1 <= len(list(out.rglob("*.parquet"))) < 8, "the first task's worker goes on to its last episode"
     with pytest.raises(ValueError, match="belongs to a run with policy FailsOnTheSecondTask"):
-        record("libero_object", 2, tmp_path / "data", workers=2, video=False)
+        record("libero_object", 2, out, workers=2, video=False)

@@ -155,8 +155,8 @@ def record(
     claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
     plans = plan_episodes(suite, episodes, seed, policy is not None, split, recipe)
     spawn = get_context("spawn")
-    written = spawn.Queue()
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written,), max_tasks_per_child=1)
+    written, stop = spawn.Queue(), spawn.Event()
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written, stop), max_tasks_per_child=1)
     done = 0
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
         by_task = [[plan for plan in plans if plan.task == task] for task in SUITES[suite].tasks]
@@ -172,7 +172,8 @@ def record(
             if failed := next((job for job in jobs if job.done() and job.exception()), None):
                 failed.result()  # raises
         except BaseException:  # a KeyboardInterrupt too: else the pool would record all that is left before it ends
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
         cameras = [job.result() for job in jobs]
     if not all(np.allclose(camera[name], cameras[0][name]) for camera in cameras for name in camera):
@@ -292,12 +293,14 @@ def _jitter_objects(simulation: Simulation, distance: float, rng: np.random.Gene
     cast("LiberoSimulation", simulation).jitter_objects(distance, rng)
 
 
-_written: Any = None  # in a worker: the queue that tells the parent of finished episodes
+# In a worker: the queue that tells the parent of finished episodes, and the event by which it ends them early.
+_written: Any = None
+_stop: Any = None
 
 
-def _start_worker(written: Any) -> None:
-    global _written
-    _written = written
+def _start_worker(written: Any, stop: Any) -> None:
+    global _written, _stop
+    _written, _stop = written, stop
 
 
 def _record_task(
@@ -309,8 +312,8 @@ def _record_task(
     writer = _writer(root, camera, SUITES[suite].robot, video)
     parent = parent_process()
     for plan in plans:
-        if parent is not None and not parent.is_alive():  # else it would write beside the run that resumes
-            raise RuntimeError("The recording was killed.")
+        if _stop.is_set() or (parent is not None and not parent.is_alive()):
+            raise RuntimeError("The recording was stopped.")  # else it would write beside the run that resumes
         earlier = writer.written(plan.index)
         if earlier is not None:
             check_resumed(root, earlier, suite, plan)
