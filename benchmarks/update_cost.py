@@ -10,6 +10,7 @@ later ones, of one thread, so that other programs on the machine change it littl
 """
 
 import argparse
+import ctypes
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -72,6 +73,7 @@ class UpdateCost(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what collecting freed is not there to be filled again
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         self._begin = time.process_time(), _resident("VmRSS")
 

@@ -36,16 +36,14 @@ def _record(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from prophet_gym.data.clips import load_arrays, subset
+    from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
-    from prophet_gym.world_model.training import camera_projections, train
+    from prophet_gym.world_model.training import camera_projections, check_preset, train
 
+    check_preset(arguments.preset, arguments.pretrained)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
-    episodes = load_arrays(datasets, "train")
-    if arguments.episodes is not None:
-        episodes = subset(episodes, arguments.episodes, arguments.seed)
     train(
-        episodes,
+        load_arrays(datasets, "train", episodes=arguments.episodes, seed=arguments.seed),
         load_arrays(datasets, "val"),
         arguments.out,
         preset=arguments.preset,
@@ -61,22 +59,22 @@ def _adapt(arguments: argparse.Namespace) -> None:
     import copy
     from functools import partial
 
-    from prophet_gym.data.clips import load_arrays, subset
+    from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_world_model
-    from prophet_gym.world_model.adaptation import adapt
+    from prophet_gym.world_model.adaptation import adapt, check_recipe
     from prophet_gym.world_model.training import camera_projections
 
+    check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
     load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
     episodes = arguments.episodes
     if episodes is None and arguments.recipe not in ("extend", "motion", "video"):
         episodes = 20
-    train = load("train")
     adapt(
         pipeline,
-        train if episodes is None else subset(train, episodes, arguments.seed),
+        load("train", episodes=episodes, seed=arguments.seed),
         load("val"),
         arguments.out,
         recipe=arguments.recipe,
@@ -95,7 +93,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_reward_model, load_world_model
-    from prophet_gym.reward.training import train_success_classifier
+    from prophet_gym.reward.training import check_episodes, train_success_classifier
     from prophet_gym.run_folder import weights_checksum
     from prophet_gym.world_model.imagination import imagine_episodes, imagine_motions
 
@@ -106,6 +104,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     arms = max(dataset.num_arms for dataset in datasets + more) if pipeline is None else pipeline.num_arms
     load = partial(load_arrays, num_arms=arms)
     train, val = load(datasets, "train"), load(datasets, "val")
+    check_episodes(train, val)  # before anything is imagined
     recorded = [train]
     if more:
         recorded.append(load(more, "train", video=False))
@@ -119,6 +118,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
         imagined, val = (
             imagine_episodes(pipeline, arrays, arguments.imagined, arguments.seed) for arrays in (train, val)
         )
+        del recorded  # or its frames would be there twice
         train = concatenate([train, imagined])
     train_success_classifier(
         train,
@@ -145,7 +145,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         reward_model=arguments.reward_model,
         splits=arguments.split,
         episodes=arguments.episodes,
+        seed=arguments.seed,
+        device=arguments.device,
     )
+
+
+def _count(text: str) -> int:
+    """A number of something, at least one."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _rate(text: str) -> float:
+    """A share of something, in [0, 1)."""
+    if not 0 <= (number := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {number}")
+    return number
 
 
 class _DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -169,10 +185,10 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="libero_object, libero_spatial, libero_goal, libero_10, libero_90, metaworld, fetch or two_arm_lift",
     )
-    record.add_argument("--episodes", type=int, default=500, help="of all tasks in turn")
+    record.add_argument("--episodes", type=_count, default=500, help="of all tasks in turn")
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0, help="of the whole recording")
-    record.add_argument("--workers", type=int, default=None, help="processes; without it one for each core")
+    record.add_argument("--workers", type=_count, default=None, help="processes; without it one for each core")
     record.add_argument(
         "--policy",
         default=None,
@@ -203,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tiny (embedded, CPU), brief (tiny, for as many steps as `adapt`), base (130M weights, one "
         "GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
     )
-    train.add_argument("--episodes", type=int, default=None, help="at most this many training episodes, in all")
+    train.add_argument("--episodes", type=_count, default=None, help="at most this many training episodes, in all")
     train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument(
         "--action-streams",
@@ -223,18 +239,20 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument(
         "--episodes",
-        type=int,
+        type=_count,
         default=None,
         help="at most this many training episodes, in all; 20 by default, and all of them for extend, motion and video",
     )
-    adapt.add_argument("--lora-rank", type=int, default=None, help="train low-rank adapters of the transformer alone")
+    adapt.add_argument(
+        "--lora-rank", type=_count, default=None, help="train low-rank adapters of the transformer alone"
+    )
     adapt.add_argument(
         "--recipe",
         default="adapt",
         choices=RECIPES,
         help="adapt; extend, video (a GPU), or motion, which begins anew (many episodes); debug (seconds)",
     )
-    adapt.add_argument("--members", type=int, default=None, help="of the proprioception, with --recipe motion")
+    adapt.add_argument("--members", type=_count, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the pipeline")
     adapt.add_argument("--seed", type=int, default=0, help="of episodes and batches")
     adapt.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
@@ -245,7 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
     reward.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the judge")
-    reward.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    reward.add_argument("--steps", type=_count, default=3000, help="optimiser steps")
     reward.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
@@ -256,8 +274,10 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument(
         "--motion", nargs="+", default=[], help="data sets from which the motion alone learns, recorded without video"
     )
-    reward.add_argument("--max-false-success-rate", type=float, default=0.05, help="of failed validation episodes")
-    reward.add_argument("--imagined", type=int, default=400, help="at most this many imagined episodes of each split")
+    reward.add_argument("--max-false-success-rate", type=_rate, default=0.05, help="of failed validation episodes")
+    reward.add_argument(
+        "--imagined", type=_count, default=400, help="at most this many imagined episodes of each split"
+    )
     reward.add_argument("--seed", type=int, default=0, help="of weights and batches")
     reward.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
     reward.set_defaults(run=_train_reward)
@@ -270,7 +290,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
     evaluate.add_argument("--reward-model", default="reward-libero", help="folder, or the name of a shipped one")
     evaluate.add_argument("--split", nargs="+", default=["val"], choices=("val", "test"), help="one, or both together")
-    evaluate.add_argument("--episodes", type=int, default=None, help="at most this many of each suite")
+    evaluate.add_argument("--episodes", type=_count, default=None, help="at most this many of each suite")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the episodes drawn and of the world model's noise")
+    evaluate.add_argument("--device", default="auto", help="of torch: auto, cpu, cuda ...")
     evaluate.set_defaults(run=_evaluate)
     return parser
 
@@ -278,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `prophet` command; user mistakes end with a message instead of a traceback, and 2."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # six lines for each checkpoint
     arguments = build_parser().parse_args(argv)
     try:
         if "device" in arguments:
@@ -285,9 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             arguments.device = resolve_device(arguments.device)  # before the data are loaded
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"prophet {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        resumes = " The same command resumes." if arguments.command != "evaluate" else ""
+        print(f"prophet {arguments.command}: stopped.{resumes}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -18,12 +18,15 @@ def claim(out: Path, **settings: Any) -> None:
         out: the folder. settings: what decides on the result, as JSON can hold it; kept in `out / run.json`.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings.
+        ValueError: the folder belongs to a run with other settings, or does not say to which.
     """
     file = out / "run.json"
     settings = json.loads(json.dumps(settings))  # a tuple becomes a list
     if file.exists():
-        theirs = json.loads(file.read_text())
+        try:
+            theirs = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}): choose another folder.") from error
         other = sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name))
         if not other:
             return

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from prophet_gym.data.lerobot_format.schema import write_json
+
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20
@@ -33,9 +35,12 @@ LossFn = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 def best_precision(device: torch.device) -> str:
     """Return accelerate's mixed precision mode: "bf16" where the hardware has it, else "no".
 
-    CPUs without AVX512-BF16 emulate bfloat16 fifty times slower than they compute float32.
+    CPUs without AVX512-BF16 emulate bfloat16 fifty times slower than they compute float32; old GPUs emulate it too.
     """
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "no"
 
 
@@ -67,7 +72,7 @@ def fit(
 
     Args:
         name: of the stage; part of the file names and TensorBoard tags.
-        module: the model to train, on any device.
+        module: the model to train, on any device; those of its weights that require a gradient.
         loss_fn: (step, generator seeded for this step) -> scalar loss and numbers to log. What it carries from step to
             step, if it has `state_dict` and `load_state_dict`, is part of the checkpoint.
         out: folder of the run.
@@ -78,6 +83,7 @@ def fit(
         finish: called, in every process, with the final weights in place before they are saved: it may change them.
 
     Raises:
+        ValueError: the checkpoint or the finished stage is damaged, or of another number of processes.
         RuntimeError: another kind of device than this process has trained on before.
         FloatingPointError: the gradient of many batches in a row is not finite; one such batch is left out.
     """
@@ -96,22 +102,25 @@ def fit(
     finished = (out / name).exists()
     accelerator.wait_for_everyone()  # before the first process can make it exist
     if finished:
-        saved = type(module).from_pretrained(out / name, use_safetensors=True, local_files_only=True)
+        try:
+            saved = type(module).from_pretrained(out / name, use_safetensors=True, local_files_only=True)
+        except Exception as error:  # as in `_load_checkpoint`
+            raise ValueError(f"{out / name} is damaged ({error}): delete it to train that stage again.") from error
         module.load_state_dict(saved.state_dict())
         module.eval()
         return
     for weight in module.state_dict().values():
         broadcast(weight)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=min(warmup_steps, steps // 10), num_training_steps=steps
     )
-    ema = EMAModel(module.parameters(), decay=ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     # Not for evaluation, but this leaves out DistributedDataParallel, which synchronises only what goes through
     # `forward`: the losses call other methods too. `_average_gradients` takes its place.
     accelerator.prepare_model(module, evaluation_mode=True)
-    accelerator.register_for_checkpointing(ema)
     # `loss_fn` runs in autocast; outside of it, in validation and in later stages, the module keeps its own precision.
     for name_of_forward in ("forward", "_original_forward"):
         vars(module).pop(name_of_forward, None)
@@ -123,15 +132,12 @@ def fit(
     accelerator.wait_for_everyone()
     start = 0
     if checkpoint.exists():
-        accelerator.load_state(str(checkpoint))
-        ema.to(device)
-        if isinstance(loss_fn, Stateful):
-            loss_fn.load_state_dict(load_file(checkpoint / _loss_file(accelerator)))
-        start = json.loads((checkpoint / "progress.json").read_text())["step"]
+        start = _load_checkpoint(accelerator, checkpoint, ema, loss_fn)
         logger.info("%s: resumed at step %d of %d", name, start, steps)
 
     main = accelerator.is_main_process
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start or None) if main else None
+    # A folder for each stage: what is purged after a kill would be purged from all that share one.
+    writer = SummaryWriter(str(out / "tensorboard" / name), purge_step=start or None) if main else None
     skipped = 0
     progress = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5.0, disable=not main)
     for step in progress:
@@ -143,7 +149,7 @@ def fit(
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)
         _average_gradients(accelerator, module)
-        norm = accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        norm = accelerator.clip_grad_norm_(weights, 1.0)
         skipped = 0 if torch.isfinite(norm) else skipped + 1  # one batch may overflow; a run must not
         if skipped == MAX_SKIPPED:
             raise FloatingPointError(
@@ -152,9 +158,9 @@ def fit(
             )
         if not skipped:
             optimizer.step()
-        schedule.step()
+            schedule.step()
+            ema.step(weights)
         optimizer.zero_grad()
-        ema.step(module.parameters())
 
         done = step + 1
         if writer and (done % 50 == 0 or done == steps):
@@ -163,14 +169,14 @@ def fit(
                 writer.add_scalar(f"{name}/{key}", value, done)
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if done % checkpoint_every == 0 and done < steps:
-            _save_checkpoint(accelerator, checkpoint, done, loss_fn)
+            _save_checkpoint(accelerator, checkpoint, done, ema, loss_fn)
         if writer and validate and (done % validate_every == 0 or done == steps):
             module.eval()
-            ema.store(module.parameters())
-            ema.copy_to(module.parameters())
+            ema.store(weights)
+            ema.copy_to(weights)
             validate(writer, done)
-            ema.restore(module.parameters())
-    ema.copy_to(module.parameters())
+            ema.restore(weights)
+    ema.copy_to(weights)
     module.eval()
     if finish:
         finish()
@@ -198,7 +204,31 @@ def _loss_file(accelerator: Accelerator) -> str:
     return f"loss_{accelerator.process_index}.safetensors"
 
 
-def _save_checkpoint(accelerator: Accelerator, path: Path, step: int, loss_fn: LossFn) -> None:
+def _load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel, loss_fn: LossFn) -> int:
+    """Go on from what `_save_checkpoint` wrote: the step that is next."""
+    try:
+        progress = json.loads((path / "progress.json").read_text())
+        if progress["processes"] == accelerator.num_processes:
+            accelerator.load_state(str(path))
+            averages = load_file(path / "ema.safetensors")
+            for index, average in enumerate(ema.shadow_params):
+                average.copy_(averages[str(index)])
+            ema.optimization_step = progress["ema_step"]
+            if isinstance(loss_fn, Stateful):
+                loss_fn.load_state_dict(load_file(path / _loss_file(accelerator)))
+    except Exception as error:  # of whatever kind: by a damaged file each reader raises errors of its own
+        raise ValueError(
+            f"The checkpoint {path} is damaged ({error}): delete it to begin this stage again, the ones before it stay."
+        ) from error
+    if progress["processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"The checkpoint {path} is of {progress['processes']} processes, these are {accelerator.num_processes}: "
+            "resume with as many, or delete it to begin this stage again."
+        )
+    return int(progress["step"])
+
+
+def _save_checkpoint(accelerator: Accelerator, path: Path, step: int, ema: EMAModel, loss_fn: LossFn) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     accelerator.save_state(str(temporary))  # every process adds the state of its random numbers
     if isinstance(loss_fn, Stateful):
@@ -206,10 +236,15 @@ def _save_checkpoint(accelerator: Accelerator, path: Path, step: int, loss_fn: L
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    (temporary / "progress.json").write_text(json.dumps({"step": step}))
+    # Not by accelerate, which would pickle it, and what is unpickled runs.
+    averages = {str(index): average.contiguous() for index, average in enumerate(ema.shadow_params)}
+    save_file(averages, temporary / "ema.safetensors")
+    progress = {"step": step, "ema_step": ema.optimization_step, "processes": accelerator.num_processes}
+    write_json(temporary / "progress.json", progress)
     # A folder cannot replace a full one: the old checkpoint steps aside, and `fit` finds it after a kill in between.
     previous = path.with_name(f"{path.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     if path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
+    shutil.rmtree(previous, ignore_errors=True)

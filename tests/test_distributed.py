@@ -146,7 +146,7 @@ def test_one_process_writes(out: Path, of_model: Callable[[str, int], Weights]) 
     saved = ProphetPipeline.from_pretrained(out / "train" / "pipeline")
     for name in ("vae", "transformer", "proprioception"):
         assert equal(getattr(saved, name).state_dict(), of_model(name, 0))
-    logs = list((out / "train" / "tensorboard").iterdir())
+    logs = list((out / "train" / "tensorboard").rglob("events.*"))
     assert logs and len({log.name.split(".")[-2] for log in logs}) == 1  # the process's number
     assert list((out / "train").glob("validation-*.mp4"))
     assert not list((out / "train").glob(".*.tmp")) and not list((out / "train" / "checkpoints").glob("*"))

@@ -707,7 +707,7 @@ def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:
         one, other = getattr(trained, name).state_dict(), getattr(again, name).state_dict()
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert again.transformer.buffer_frames == 9 and again.transformer.transformer_blocks[0].attn2.to_out[0].weight.any()
-    assert list(tmp_path.glob("validation-*.mp4")) and list((tmp_path / "tensorboard").iterdir())
+    assert list(tmp_path.glob("validation-*.mp4")) and list((tmp_path / "tensorboard" / "rollouts").iterdir())
     assert not (tmp_path / "checkpoints" / "transformer").exists()
     with pytest.raises(ValueError, match="choose one of"):
         train(episodes(4), episodes(2), tmp_path, preset="huge")

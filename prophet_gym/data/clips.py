@@ -1,6 +1,7 @@
 """Training windows for the world model: all frames of a split in memory, and random clips as indices into them."""
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ def load_arrays(
     *,
     video: bool = True,
     num_arms: int | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
     num_threads: int = 2,
     progress: bool = True,
 ) -> EpisodeArrays:
@@ -84,10 +87,11 @@ def load_arrays(
     :param video: False keeps the first frame of each episode alone, which is all that the motion needs, also of data
         sets that were recorded with video.
     :param num_arms: K, arms that the arrays have room for; None: as many as the data sets' robots have at most.
+    :param episodes: at most so many, drawn as in :func:`subset`, before anything is decoded; None: all. seed: of that.
     :param num_threads: episodes decoded at a time.
     :param progress: show a progress bar.
     :raises ValueError: the split does not exist or is empty, the episodes differ in frame rate, stride or size, a data
-        set has no video, or a robot has more arms than ``num_arms``.
+        set has no video, a robot has more arms than ``num_arms``, or ``episodes`` is below 1.
     """
     given = [datasets] if isinstance(datasets, EpisodeDataset) else list(datasets)
     if video:
@@ -106,7 +110,10 @@ def load_arrays(
     sources = [(dataset, index) for dataset in chosen for index in range(len(dataset))]
     if not sources:
         raise ValueError(f"No episode of split {split!r} is in {[str(dataset.root) for dataset in given]}.")
-    records = tuple(record for dataset in chosen for record in dataset.records)
+    if episodes is not None:
+        suites = [dataset.records[index].suite for dataset, index in sources]
+        sources = [sources[number] for number in _draw(suites, episodes, seed).tolist()]
+    records = tuple(dataset.records[index] for dataset, index in sources)
     lengths = np.array([record.length for record in records])
     starts = np.cumsum(lengths) - lengths
     total = int(lengths.sum())
@@ -175,14 +182,11 @@ def _black(count: int) -> Tensor:
 
 
 def subset(arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
-    """At most ``count`` episodes, drawn without replacement.
+    """At most ``count`` episodes, drawn without replacement, from all suites in turn.
 
     :raises ValueError: a count below 1.
     """
-    if count < 1:
-        raise ValueError(f"The number of episodes must be at least 1, got {count}.")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(arrays.starts), generator=generator)[:count].sort().values
+    chosen = _draw(arrays.suites, count, seed)
     lengths = arrays.lengths[chosen]
     starts = lengths.cumsum(0) - lengths
     rows = torch.arange(int(lengths.sum())) + torch.repeat_interleave(arrays.starts[chosen] - starts, lengths)
@@ -193,6 +197,19 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
         first_frames=arrays.first_frames[chosen],
         records=tuple(arrays.records[episode] for episode in chosen),
     )
+
+
+def _draw(suites: Sequence[str], count: int, seed: int) -> Tensor:
+    """Which of the episodes of these suites :func:`subset` takes, int64, in order."""
+    if count < 1:
+        raise ValueError(f"The number of episodes must be at least 1, got {count}.")
+    order = torch.randperm(len(suites), generator=torch.Generator().manual_seed(seed)).tolist()
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, episode in enumerate(order):
+        turns.append((seen[suites[episode]], place, episode))
+        seen[suites[episode]] += 1
+    return torch.tensor(sorted(episode for _, _, episode in sorted(turns)[:count]))
 
 
 def episode_folds(arrays: EpisodeArrays, count: int) -> Tensor:

@@ -128,6 +128,7 @@ def evaluate(
     splits: Sequence[str] = ("val",),
     episodes: int | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Measure a world model and a reward model on recorded episodes that neither has learned from.
 
@@ -143,7 +144,7 @@ def evaluate(
         report: folder of the report; made if needed.
         reward_model: a reward model, its folder, or the name of a shipped one.
         splits: "val", "test" or both, taken together. episodes: at most this many of each suite.
-        seed: of the world model's noise.
+        seed: of the episodes drawn and of the world model's noise. device: of models given by name or folder.
 
     Returns:
         The content of `results.json`: for each suite `video` (see `video_report`), `proprio` (error of the estimated
@@ -157,7 +158,7 @@ def evaluate(
     """
     if not splits or not set(splits) <= {"val", "test"}:
         raise ValueError(f'Expected the splits "val", "test" or both, got {splits!r}: models were trained on "train".')
-    pipeline, judge = resolve_models(checkpoint, reward_model, "auto", "auto")
+    pipeline, judge = resolve_models(checkpoint, reward_model, device, "auto")
     if not isinstance(pipeline, ProphetPipeline):
         raise TypeError(f"Expected a ProphetPipeline, its folder or name, got {type(pipeline).__name__}.")
     report = Path(report)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -19,6 +20,8 @@ from prophet_gym.data.lerobot_format.schema import without_nan, write_json
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.run_folder import claim, weights_checksum
 from prophet_gym.training import LossFn, fit
+
+logger = logging.getLogger(__name__)
 
 
 def train_success_classifier(
@@ -79,8 +82,9 @@ def train_success_classifier(
     )
     if (out / "reward").exists():
         finished = SuccessClassifier.from_pretrained(out / "reward", use_safetensors=True, local_files_only=True)
+        logger.info("finished before: %s", out / "reward")
         return finished.to(device).eval(), json.loads((out / "reward" / "metrics.json").read_text())
-    _check_validation(val_arrays)
+    check_episodes(train_arrays, val_arrays)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if init is not None:
@@ -98,11 +102,14 @@ def train_success_classifier(
     classifier.save_pretrained(temporary)
     write_json(temporary / "metrics.json", without_nan(metrics))
     os.replace(temporary, out / "reward")
+    logger.info("wrote %s", out / "reward")
     return classifier, metrics
 
 
-def _check_validation(arrays: EpisodeArrays) -> None:
-    """Raise, or warn, before hours of training where nothing can be calibrated on these episodes."""
+def check_episodes(train_arrays: EpisodeArrays, val_arrays: EpisodeArrays) -> None:
+    """Raise what `train_success_classifier` raises of its episodes, or warn where a threshold cannot be calibrated."""
+    _failed_ends(train_arrays)
+    arrays = val_arrays
     if not arrays.success.any() or int(arrays.lengths.min()) < 3:
         raise ValueError(
             "A judge is calibrated on validation episodes of three frames or more, solved ones among them; these have "
@@ -130,16 +137,7 @@ def classification_loss(
     embeddings, motion_embeddings = _embeddings(arrays), _embeddings(motion)
     episode = arrays.episode_of_row
     first = arrays.starts[episode]
-    solved = arrays.success.nonzero()[:, 0]
-    last = arrays.starts + arrays.lengths - 1
-    failed = ~arrays.success[last]
-    if not len(solved) or not failed.any() or int(arrays.lengths.min()) < 3:
-        raise ValueError(
-            "A judge learns from solved and from failed episodes of three frames or more; these have "
-            f"{len(solved)} solved frames, {int(failed.sum())} failed episodes and lengths from "
-            f"{int(arrays.lengths.min())} on: record more, for example with --policy."
-        )
-    ends = torch.cat([last[failed] - k for k in range(int(arrays.lengths.min()) // 3)])
+    solved, ends = arrays.success.nonzero()[:, 0], _failed_ends(arrays)
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         quarter = batch_size // 4
@@ -167,6 +165,23 @@ def classification_loss(
         }
 
     return loss_fn
+
+
+def _failed_ends(arrays: EpisodeArrays) -> torch.Tensor:
+    """Rows of the last frames of episodes that failed, a third of the shortest episode each.
+
+    Raises:
+        ValueError: there is nothing to tell apart.
+    """
+    solved, last = int(arrays.success.sum()), arrays.starts + arrays.lengths - 1
+    failed = ~arrays.success[last]
+    if not solved or not failed.any() or int(arrays.lengths.min()) < 3:
+        raise ValueError(
+            "A judge learns from solved and from failed episodes of three frames or more; these have "
+            f"{solved} solved frames, {int(failed.sum())} failed episodes and lengths from "
+            f"{int(arrays.lengths.min())} on: record more, for example with --policy."
+        )
+    return torch.cat([last[failed] - k for k in range(int(arrays.lengths.min()) // 3)])
 
 
 def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -65,11 +65,17 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     A judge that trains on them learns what success and failure look like where Prophet is vague.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or no episode has a whole chunk; shorter ones are left out.
     """
     if count < 1:
         raise ValueError(f"The number of imagined episodes must be at least 1, got {count}.")
-    chosen = torch.linspace(0, len(arrays.starts) - 1, min(count, len(arrays.starts))).long()
+    whole = (arrays.lengths > pipeline.chunk_frames).nonzero()[:, 0]
+    if not len(whole):
+        raise ValueError(
+            f"No episode has {pipeline.chunk_frames + 1} frames, its first one and a chunk; the longest has "
+            f"{int(arrays.lengths.max())}: record longer ones."
+        )
+    chosen = whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()]
     lengths = arrays.lengths[chosen]
     return concatenate([_imagine(pipeline, arrays, chosen[lengths == length], seed) for length in lengths.unique()])
 
@@ -140,7 +146,7 @@ def hand_motions(
 def encode_frames(vae: ProphetAutoencoder, frames: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
     """Encode uint8 frames (N, H, W, 3) to float16 latents (N, C, h, w) on the CPU."""
     batches = tqdm(frames.split(batch_size), desc="encoding frames", mininterval=5.0)
-    return torch.cat([vae.encode(frames_to_pixels(batch).to(vae.device)).half().cpu() for batch in batches])
+    return torch.cat([vae.encode(frames_to_pixels(batch.to(vae.device))).half().cpu() for batch in batches])
 
 
 def observed_condition(

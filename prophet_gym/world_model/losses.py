@@ -94,14 +94,15 @@ class ProprioceptionLoss(ReplayLoss):
         others = episode_folds(arrays, pipeline.num_members) != member
         super().__init__(pipeline, arrays, batch_size, (others | ~others.any()) * suite_weights(arrays))
         self.model, self.steps, self.frames = pipeline.proprioception.member(member), steps, frames
+        self._pixels: torch.Tensor | None = None  # the robots' first frames
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         model, arrays, device = self.model, self.arrays, self.model.device
-        rollouts = self._begin_and_tell(step, generator)
+        rollouts, begins = self._begin_and_tell(step, generator)
         episodes, state = rollouts["episodes"], rollouts["state"]
         first = arrays.starts[episodes] + rollouts["time"]
         steps_left = arrays.lengths[episodes] - 1 - rollouts["time"]
-        pixels = (frames_to_pixels(arrays.first_frames[episodes]) + rollouts["gain"]).to(device)
+        pixels = self._look(rollouts, begins)
         projection, robot = self._projections[episodes].to(device), self._robots[episodes].to(device)
         losses = []
         for frame in range(self.frames):
@@ -117,9 +118,19 @@ class ProprioceptionLoss(ReplayLoss):
         logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
         return torch.cat(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
-    def _begin_and_tell(self, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def _look(self, rollouts: dict[str, torch.Tensor], begins: torch.Tensor) -> torch.Tensor:
+        """First frames as pixels (B, 3, H, W); of those that went on what was made of them before."""
+        rows = torch.arange(len(begins)) if self._pixels is None else begins.nonzero()[:, 0]
+        new = frames_to_pixels(self.arrays.first_frames[rollouts["episodes"][rows]]) + rollouts["gain"][rows]
+        if self._pixels is None:
+            self._pixels = new.to(self.model.device)
+        else:
+            self._pixels[rows.to(self.model.device)] = new.to(self.model.device)
+        return self._pixels
+
+    def _begin_and_tell(self, step: int, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The rollouts, with new episodes in place of those that are over, and the truth for those that are told it;
-        with how bright their pictures are, and the states that they believe in."""
+        with how bright their pictures are, and the states that they believe in. And which ones are new, bool (B,)."""
         arrays, count, device = self.arrays, self.batch_size, self.model.device
         drawn = self._draw(generator)
         gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
@@ -133,7 +144,8 @@ class ProprioceptionLoss(ReplayLoss):
         true = arrays.proprio[arrays.starts[episodes] + time].to(device)
         believed, rest = state.tensor_split([true.shape[1]], dim=1)
         believed = torch.where(told[:, None].to(device), true, believed)
-        return {"episodes": episodes, "time": time, "gain": gain, "state": torch.cat([believed, rest], dim=1)}
+        state = torch.cat([believed, rest], dim=1)
+        return {"episodes": episodes, "time": time, "gain": gain, "state": state}, begins
 
 
 def _almost_absolute(error: torch.Tensor) -> torch.Tensor:
@@ -202,7 +214,7 @@ def latent_error(predicted: torch.Tensor, clean: torch.Tensor, history: torch.Te
     much as the mean, where the chunk differs from the first or the last frame of the history."""
     moved = (clean - history[:, :1]).abs() + (clean - history[:, -1:]).abs()
     moved = moved.mean(2, keepdim=True)
-    weight = 1 + 4 * moved / moved.mean()
+    weight = 1 + 4 * moved / moved.mean().clamp(min=1e-6)  # where nothing moves in any of them
     return (weight * (predicted - clean).square()).mean((2, 3, 4))
 
 

@@ -109,8 +109,6 @@ class ProphetPipeline(DiffusionPipeline):
     The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
 
-    model_cpu_offload_seq = "vae->transformer"
-
     def __init__(
         self,
         vae: ProphetAutoencoder | ProphetCosmosAutoencoder,
@@ -262,7 +260,7 @@ class ProphetPipeline(DiffusionPipeline):
             raise ValueError(
                 f"Expected images as uint8 (B, {size}, {size}, 3), got {images.dtype} {tuple(images.shape)}."
             )
-        pixels = frames_to_pixels(images).to(self.device, self.vae.dtype)
+        pixels = frames_to_pixels(images.to(self.device)).to(self.vae.dtype)
         latents = self.vae.encode(pixels).to(self.transformer.dtype)
         return latents[:, None].repeat(1, self.transformer.buffer_frames, 1, 1, 1)
 
@@ -326,7 +324,7 @@ class ProphetPipeline(DiffusionPipeline):
         self._check_inputs(suites, history=history, state=state, actions=actions, images=images)
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        start, latest = frames_to_pixels(torch.as_tensor(images)).to(self.device, self.vae.dtype).unbind(1)
+        start, latest = frames_to_pixels(torch.as_tensor(images).to(self.device)).to(self.vae.dtype).unbind(1)
         projection, robot = self.projection(suites).to(self.device), self.robot(suites).to(self.device)
         actions = actions.to(self.device, torch.float32)
         condition, state = self.condition(state.to(self.device, torch.float32), actions, start, projection, robot)

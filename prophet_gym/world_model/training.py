@@ -1,6 +1,7 @@
 """Training of Prophet: proprioception, autoencoder, and transformer and decoder together on their own rollouts; each
 stage can be resumed."""
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -23,11 +24,13 @@ from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.imagination import encode_frames, frame_rows, replay_episodes
 from prophet_gym.world_model.lora import add_lora, fuse_lora
-from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss, error_psnr
+from prophet_gym.world_model.losses import CROP, ProprioceptionLoss, autoencoder_loss, error_psnr
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss, has_chunk
+
+logger = logging.getLogger(__name__)
 
 MEMORY = ((2, 1, 2), (4, 1, 4), (12, 3, 6))
 """Levels of the memory of frames of 12 x 12 latents, see `FramePackMemory`."""
@@ -54,7 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {
         "autoencoder": {"steps": 40_000, "batch_size": 64, "learning_rate": 1e-3},
         "proprioception": {"steps": 25_000, "batch_size": 512, "learning_rate": 2e-3},
-        "rollouts": {"steps": 80_000, "batch_size": 64, "learning_rate": 3e-4, "warmup_steps": 1000},
+        "rollouts": {
+            "steps": 80_000,
+            "batch_size": 64,
+            "learning_rate": 3e-4,
+            "warmup_steps": 1000,
+            "checkpoint_every": 1000,
+        },
         "models": {
             "autoencoder": {
                 "block_channels": (64, 128, 256),
@@ -81,6 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "learning_rate": 1e-4,
             "weight_decay": 0.1,
             "warmup_steps": 1000,
+            "checkpoint_every": 2000,  # 32 GB each
         },
         "models": {
             "proprioception": {"hidden_dim": 256, "width": 384},
@@ -213,6 +223,36 @@ def _validate(
         imageio.mimwrite(out / f"validation-{stage}-{suite}-{step:06d}.mp4", video, fps=fps)
 
 
+def check_preset(preset: str, pretrained: str | os.PathLike[str] | None) -> None:
+    """Raise what `train` raises of its preset and its pretrained weights."""
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
+    if (pretrained is None) != ("autoencoder" in PRESETS[preset]):
+        raise ValueError(
+            'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
+            f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
+        )
+    if pretrained is None:
+        return
+    for part in ("transformer", "vae"):
+        if not (config := Path(pretrained) / part / "config.json").is_file():
+            raise FileNotFoundError(
+                f"There is no {config}: give the folder of Cosmos-Predict2-2B-Video2World in diffusers' format, for "
+                "nothing is downloaded."
+            )
+
+
+def _check_frames(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
+    """Raise a ValueError where the networks cannot take frames of this size, before hours of the first stages."""
+    height, width = arrays.frames.shape[1:3]
+    multiple = pipeline.vae.spatial_compression * pipeline.transformer.config.patch_size[1]
+    if height != width or height % multiple or height < CROP:
+        raise ValueError(
+            f"Frames must be square, with a side of at least {CROP} pixels that is a multiple of {multiple}, got "
+            f"{height} x {width}: record them so, or resize them."
+        )
+
+
 def train(
     train_arrays: EpisodeArrays,
     val_arrays: EpisodeArrays,
@@ -242,18 +282,13 @@ def train(
         The trained pipeline, EMA weights.
 
     Raises:
-        ValueError: unknown preset, or one that does not go with `pretrained`; episodes that are all shorter than a
-            chunk, or do not go together, see `set_robots`; or `out` is another run's, see `claim`.
-        OSError: a folder of `pretrained` holds no model.
+        ValueError: unknown preset, or one that does not go with `pretrained`; frames of a size that the networks
+            cannot take; episodes that are all shorter than a chunk, or do not go together, see `set_robots`; or `out`
+            is another run's, see `claim`.
+        FileNotFoundError: a folder of `pretrained` holds no model.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}; choose one of {sorted(PRESETS)}.")
+    check_preset(preset, pretrained)
     recipe, out = PRESETS[preset], Path(out)
-    if (pretrained is None) != ("autoencoder" in recipe):
-        raise ValueError(
-            'The preset "cosmos-2b", and no other, begins from pretrained weights: give it the folder of '
-            f"Cosmos-Predict2-2B-Video2World. Got preset={preset!r} and pretrained={str(pretrained)!r}."
-        )
     finished = finished_pipeline(
         out,
         device,
@@ -298,6 +333,7 @@ def train(
 
     set_robots(pipeline, train_arrays)
     check_validation(pipeline, val_arrays)
+    _check_frames(pipeline, train_arrays)
     has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
     latents = fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
@@ -314,6 +350,7 @@ def finished_pipeline(out: Path, device: str, **run: Any) -> ProphetPipeline | N
     with processes.main_process_first():
         claim(out, **run)
     if finished:
+        logger.info("finished before: %s", out / "pipeline")
         return ProphetPipeline.from_pretrained(out / "pipeline", use_safetensors=True, local_files_only=True).to(device)
     return None
 
@@ -389,4 +426,5 @@ def save_pipeline(pipeline: ProphetPipeline, out: Path) -> None:
         temporary = out / ".pipeline.tmp"
         pipeline.save_pretrained(temporary)
         os.replace(temporary, out / "pipeline")
+        logger.info("wrote %s", out / "pipeline")
     PartialState().wait_for_everyone()
