@@ -144,7 +144,9 @@ def fit(
         module.train()
         batch = step * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(1_000_003 * seed + batch)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.autocast():
+        # Not accelerate's `autocast`, which in some versions stays on where a loss raises.
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=accelerator.mixed_precision == "bf16")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
             torch.manual_seed(1_000_003 * seed + batch)  # of the dropout
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)

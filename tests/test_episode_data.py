@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from prophet_gym.data.clips import ClipSampler, EpisodeArrays, load_arrays
+from prophet_gym.data.clips import ClipSampler, EpisodeArrays, load_arrays, subset
 from prophet_gym.data.episode import Episode, to_upright
 from prophet_gym.data.instructions import TABLE, write_table
-from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, ForeignFields, LeRobotWriter
+from prophet_gym.data.lerobot_format import EpisodeDataset, EpisodeRecord, ForeignFields, LeRobotWriter, schema
 from prophet_gym.data.libero_hdf5 import read_libero_hdf5
+from prophet_gym.run_folder import claim
 
 INTRINSICS = np.array([[100.0, 0, 8], [0, 100, 6], [0, 0, 1]])
 CAMERA = {"intrinsics": INTRINSICS, "extrinsics": np.eye(4)}
@@ -686,6 +687,57 @@ def test_load_arrays(tmp_path: Path) -> None:
         load_arrays(dataset, "dev")
     with pytest.raises(ValueError, match="No episode of split 'val'"):
         load_arrays(dataset.select(split="train"), "val")
+
+
+def test_a_few_episodes_are_drawn_from_all_suites_in_turn_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = make_writer(tmp_path)
+    for index in range(12):
+        writer.write_episode(index, make_episode(index, suite="libero_spatial" if index == 7 else "libero_object"))
+    writer.finalize(12)
+    dataset = EpisodeDataset(tmp_path)
+    whole = load_arrays(dataset, "train", progress=False)
+    decoded: list[int] = []
+    one = EpisodeDataset.__getitem__
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", lambda self, index: decoded.append(index) or one(self, index))
+    draws = [load_arrays(dataset, "train", episodes=3, seed=seed, progress=False) for seed in range(4)]
+    assert all(sorted(draw.suites) == ["libero_object"] * 2 + ["libero_spatial"] for draw in draws)
+    assert len({tuple(record.episode_index for record in draw.records) for draw in draws}) > 1
+    assert len(set(decoded)) < 12
+    again = subset(whole, 3, 0)
+    assert again.records == draws[0].records and torch.equal(again.frames, draws[0].frames)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        load_arrays(dataset, "train", episodes=0)
+
+
+@pytest.mark.parametrize("kind", ["json", "table"])
+def test_a_file_whose_writing_is_cut_off_stays_as_it_was(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(number: int) -> None:
+        if kind == "json":
+            schema.write_json(tmp_path / "file", {"number": number})
+        else:
+            schema.write_table(tmp_path / "file", pa.table({"number": [number]}))
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    write(1)
+    before = (tmp_path / "file").read_bytes()
+    monkeypatch.setattr("prophet_gym.data.lerobot_format.schema.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(2)
+    assert (tmp_path / "file").read_bytes() == before
+
+
+def test_a_folder_that_does_not_say_whose_it_is_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path, command="train", seed=0)
+    claim(tmp_path, command="train", seed=0)
+    (tmp_path / "run.json").write_text('{"command": "tr')
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        claim(tmp_path, command="train", seed=0)
 
 
 def test_load_arrays_of_several_data_sets(tmp_path: Path) -> None:

@@ -139,9 +139,14 @@ def test_success_rises_on_unseen_starts(cloned: FlowPolicy) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, None])
 @pytest.mark.parametrize("ratio", ["chunk", "dim", "flow_step"])
-def test_the_first_ratio_is_one(cloned: FlowPolicy, ratio: str, batch_size: int | None) -> None:
-    _, rows = train(cloned, 1, ratio=ratio, batch_size=batch_size, n_epochs=1, learning_rate=1e-6)
+@pytest.mark.parametrize("noise_schedule", ["flow", "constant"])
+def test_the_first_ratio_is_one(cloned: FlowPolicy, ratio: str, batch_size: int | None, noise_schedule: str) -> None:
+    arguments = {"ratio": ratio, "batch_size": batch_size, "noise_schedule": noise_schedule}
+    model, rows = train(cloned, 1, n_epochs=1, learning_rate=1e-6, **arguments)
     assert rows[-1]["train/ratio_first_minibatch"] == pytest.approx(1.0, abs=1e-5)
+    assert model.rollout_buffer.samples is not None
+    chain = model.rollout_buffer.samples.chain
+    assert chain.schedule == noise_schedule and chain.noise_level == model.noise_level
 
 
 def test_dropout_is_reported_as_the_cause() -> None:
@@ -449,6 +454,8 @@ def test_the_update_minimises_the_published_objective(
     assert row["train/policy_gradient_loss"] == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
     clipped = ((r > 1 + top) | (r < 1 - low)).float().mean()
     assert row["train/clip_fraction"] == pytest.approx(float(clipped), abs=2e-3)
+    action = difference.sum((0, 2, 3))
+    assert row["train/approx_kl"] == pytest.approx(float((action.exp() - 1 - action).mean()), rel=1e-3)
 
 
 def test_the_kl_is_that_of_the_transitions_as_distributions(cloned: FlowPolicy) -> None:
@@ -646,6 +653,24 @@ def test_fixed_collection_counts_time_steps_exactly(num_envs: int) -> None:
     model = FAGRPO("FlowPolicy", point_envs(num_envs), group_size=4, n_steps=10, policy_kwargs=SMALL, seed=0)
     model.learn(20 * num_envs)
     assert model.num_timesteps == 20 * num_envs
+
+
+def test_episodes_that_a_fixed_collection_cuts_off_are_left_out_unless_they_are_the_first() -> None:
+    """Episodes of two steps, of which five steps hold two and a half, and one step a half."""
+    for n_steps, stored in ((5, 4), (1, 1)):
+        model = FAGRPO("FlowPolicy", DummyVecEnv([Chunks] * 4), group_size=4, n_steps=n_steps, seed=0)
+        model.learn(1)
+        samples = model.rollout_buffer.samples
+        assert samples is not None and len(samples) == 4 * stored
+
+
+def test_the_epsilon_is_added_to_the_deviation_of_a_group(cloned: FlowPolicy) -> None:
+    advantages = []
+    for eps in (1e-6, 1.0):
+        model, _ = train(cloned, 1, advantage_eps=eps)
+        assert model.rollout_buffer.samples is not None
+        advantages.append(model.rollout_buffer.samples.advantages)
+    assert advantages[0].abs().max() > 1.2 * advantages[1].abs().max() > 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from gymnasium.envs.classic_control import PendulumEnv
 
 from fagrpo import FAGRPO, FlowPolicy
 from fagrpo.cli import build_parser, main
+from prophet_gym.data.episode import Episode
+from prophet_gym.data.lerobot_format import LeRobotWriter
 
 
 def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +51,39 @@ def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.Cap
     parts = [FAGRPO.load(path).average_policy.state_dict() for path in checkpoints] + [second.state_dict()]
     for key, value in mean.state_dict().items():
         torch.testing.assert_close(value, sum(part[key] for part in parts) / 3)
+
+
+def test_cloning_writes_a_policy_and_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    camera = {"intrinsics": np.eye(3), "extrinsics": np.eye(4)}
+    writer = LeRobotWriter(tmp_path / "data", fps=5, frame_stride=4, image_size=96, camera=camera)
+    for index in range(4):
+        rng = np.random.default_rng(index)
+        episode = Episode(
+            frames=rng.integers(0, 256, (7, 96, 96, 3), dtype=np.uint8),
+            proprio=rng.normal(size=(7, 8)).astype(np.float32),
+            actions=np.tile(np.float32(0.5), (6, 4, 7)),
+            success=np.array([False] * 6 + [index < 3]),
+            instruction="pick up the milk and place it in the basket",
+            suite="libero_object",
+            task=0,
+            init_state=index,
+            split="train",
+            kind="clean",
+            robot="panda",
+            seed=index,
+        )
+        writer.write_episode(index, episode)
+    writer.finalize(4)
+    command = ["sft", str(tmp_path / "data"), "--blind", "--updates", "20", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    policy = FlowPolicy.from_safetensors(tmp_path / "out")
+    assert set(policy.used_space.spaces) == {"proprio", "instruction"} and policy.action_shape == (8, 7)
+    assert "20 updates" in capsys.readouterr().out
+    assert main(command) == 0
+    again = FlowPolicy.from_safetensors(tmp_path / "out")
+    assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
+    assert main([*command, "--seed", "1"]) == 2
+    assert capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_of_the_way_is_resumed_and_not_overwritten(

@@ -158,6 +158,30 @@ def test_the_loss_of_the_true_velocity_is_zero() -> None:
     assert float(loss) < 1e-10
 
 
+def test_the_loss_is_the_error_of_the_clean_action_over_all_times() -> None:
+    """A velocity that is off by one errs by t in the clean action: the mean of t^2 over (0, 1] is a third, and strata
+    of a quarter each leave little to chance."""
+
+    class OffByOne(torch.nn.Module):
+        def __init__(self, action_shape: tuple[int, ...], context_dim: int) -> None:
+            super().__init__()
+
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            times.append(t)
+            return (x_t - 0.3) / t.reshape(-1, 1, 1) + 1
+
+    times: list[torch.Tensor] = []
+    policy = FlowPolicy(
+        OBSERVATION,
+        ACTION,
+        flow_head_class=OffByOne,
+        **{"features_extractor_kwargs": SMALL["features_extractor_kwargs"]},
+    )
+    loss = flow_matching_loss(policy, torch.zeros(256, 3), torch.full((256, 2, 2), 0.3))
+    assert float(loss) == pytest.approx(1 / 3, abs=0.02)
+    assert torch.equal((4 * times[0]).ceil().long().reshape(256, 4), torch.tensor([4, 3, 2, 1]).expand(256, 4))
+
+
 def test_augmentation_keeps_shape_type_and_content() -> None:
     images = torch.arange(2 * 3 * 32 * 32, dtype=torch.int64).reshape(2, 3, 32, 32).remainder(251).to(torch.uint8)
     assert torch.equal(random_shift(images, 0), images)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from safetensors.torch import load_file, save_file
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from fagrpo import FAGRPO, FlowHead, FlowPolicy, average_policies
 from fagrpo.cli import main
-from fagrpo.flow_sde import score_chain
+from fagrpo.flow_sde import score_chain, time_grid
 
 ROBOT = spaces.Dict(
     image=spaces.Box(0, 255, (40, 40, 3), np.uint8),
@@ -68,6 +70,19 @@ def test_deterministic_prediction_repeats_and_the_other_does_not() -> None:
     np.testing.assert_array_equal(first, second)
     assert np.ptp(first, axis=0).max() > 0  # the observation matters
     assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+
+
+def test_a_time_shift_is_that_of_sampling_and_of_prediction() -> None:
+    policy = perturb(FlowPolicy(ROBOT, CHUNK, **SMALL, time_shift=3.0))
+    times = time_grid(3, 3.0)
+    obs, _ = policy.obs_to_tensor(batch(ROBOT, 2))
+    chain = policy.sample(obs, 0.5, "flow", torch.Generator().manual_seed(0), None)
+    torch.testing.assert_close(chain.times, times)
+    context = policy.encode(obs)
+    x = torch.zeros(2, *CHUNK.shape)  # where the deterministic flow begins
+    for now, then in pairwise(times):
+        x = x + (then - now) * policy.velocity(x, now.expand(2), context)
+    torch.testing.assert_close(policy(obs, deterministic=True), policy.unnormalize_action(x), rtol=1e-4, atol=1e-5)
 
 
 def test_images_come_channels_first_or_last() -> None:
@@ -264,12 +279,34 @@ def other_architecture(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("damage", [damaged_config, config_without_spaces, truncated_weights, other_architecture])
+def weights_that_are_no_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damaged_config, config_without_spaces, truncated_weights, other_architecture, weights_that_are_no_numbers],
+)
 def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     FlowPolicy(ROBOT, CHUNK, **SMALL).export_safetensors(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=str(tmp_path)):
         FlowPolicy.from_safetensors(tmp_path)
+
+
+def test_an_export_that_is_cut_off_leaves_the_old_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FlowPolicy(ROBOT, CHUNK, **SMALL).export_safetensors(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fagrpo.policies.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        perturb(FlowPolicy(ROBOT, CHUNK, **SMALL)).export_safetensors(tmp_path)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
 
 
 def test_missing_files_and_unknown_dtypes(tmp_path: Path) -> None:

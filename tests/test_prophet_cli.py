@@ -30,6 +30,9 @@ def test_it_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", ".", "--out", "out", "--device", "gpu"], "Unknown device 'gpu': use 'auto'"),
         (["adapt", "nobody", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["evaluate", "nobody", "nowhere", "--report", "report"], "nobody"),
+        (["train", "nowhere", "--out", "out", "--preset", "cosmos-2b"], 'The preset "cosmos-2b", and no other'),
+        (["train", "nowhere", "--out", "out", "--preset", "cosmos-2b", "--pretrained", "x"], "nothing is downloaded"),
+        (["adapt", "nobody", "nowhere", "--out", "out", "--members", "2"], "leave num_members out"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -45,6 +48,27 @@ def test_mistakes_end_with_a_line(
     error = capsys.readouterr().err
     assert error.startswith(f"prophet {command[0]}: ") and message in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--steps", "0", "at least 1"), ("--imagined", "-1", "at least 1"), ("--max-false-success-rate", "2", "[0, 1)")],
+)
+def test_numbers_out_of_range_are_refused_at_once(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train-reward", "nowhere", "--out", "out", option, value])
+    assert option in (error := capsys.readouterr().err) and message in error
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prophet_gym.simulators.recording.record", interrupted)
+    assert main(["record", "--suite", "libero_object", "--out", "data"]) == 130
+    assert capsys.readouterr().err == "prophet record: stopped. The same command resumes.\n"
 
 
 def test_a_judge_is_trained_and_evaluated(
