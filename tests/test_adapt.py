@@ -15,12 +15,12 @@ from test_world_model import episodes
 
 import prophet_gym.world_model.training as stages
 from prophet_gym.cli import main
-from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.clips import EpisodeArrays, concatenate
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
 from prophet_gym.world_model import ProphetPipeline, adaptation
 from prophet_gym.world_model.adaptation import adapt
-from prophet_gym.world_model.imagination import encode_frames
+from prophet_gym.world_model.imagination import encode_frames, imagine_episodes
 from prophet_gym.world_model.losses import ProprioceptionLoss, autoencoder_loss
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.training import train
@@ -106,6 +106,14 @@ def test_a_folder_is_of_one_run(base: Path, tmp_path: Path) -> None:
         adapt(load(tmp_path / "out" / "pipeline"), *run, recipe="debug")
     with pytest.raises(ValueError, match=r"belongs to a run with .*command adapt"):
         train(*run, preset="debug")
+
+
+def test_episodes_without_a_whole_chunk_are_not_imagined(base: Path) -> None:
+    short = episodes(2, length=2)
+    imagined = imagine_episodes(load(base), concatenate([short, episodes(3)]), count=5, seed=0)
+    assert imagined.lengths.tolist() == [9, 9, 9]
+    with pytest.raises(ValueError, match="No episode has 3 frames"):
+        imagine_episodes(load(base), short, count=5, seed=0)
 
 
 def test_a_new_robot_takes_a_slot_that_it_keeps_on_disk(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_world_model import episodes
 from torch.nn import functional as F
 
 from prophet_gym.envs.vector_env import ProphetVectorEnv
+from prophet_gym.training import fit
 from prophet_gym.world_model import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel, ProphetPipeline
 from prophet_gym.world_model.adaptation import RECIPES, adapt
 from prophet_gym.world_model.training import PRESETS, train
@@ -156,6 +158,13 @@ def test_one_step_of_every_stage_then_a_rollout(
             if stage != "halfway"
         }
         monkeypatch.setitem(recipes, name, short)
+    rates: dict[str, float] = {}
+
+    def fit_and_note(stage: str, *arguments: Any, learning_rate: float, **settings: Any) -> None:
+        rates[stage] = learning_rate
+        fit(stage, *arguments, learning_rate=learning_rate, **settings)
+
+    monkeypatch.setattr("prophet_gym.world_model.training.fit", fit_and_note)
     data = episodes(2), episodes(1, seed=1)
     pipeline = train(*data, tmp_path / "train", preset="cosmos-2b", pretrained=pretrained)
     transformer = pipeline.transformer
@@ -166,6 +175,10 @@ def test_one_step_of_every_stage_then_a_rollout(
     for key, value in ProphetCosmosAutoencoder.from_pretrained(pretrained / "vae").state_dict().items():
         assert torch.equal(pipeline.vae.state_dict()[key], value)  # stays as it was pretrained
     pipeline = adapt(pipeline, *data, tmp_path / "adapt", lora_rank=rank)
+    # All the weights of a large model follow slowly.
+    assert rates["rollouts"] == pytest.approx(
+        (0.1 if rank is None else 1.0) * RECIPES["adapt"]["rollouts"]["learning_rate"]
+    )
     loaded = ProphetPipeline.from_pretrained(tmp_path / "adapt" / "pipeline")
     assert type(loaded.vae) is ProphetCosmosAutoencoder and type(loaded.transformer) is ProphetCosmosTransformer3DModel
 
