@@ -16,7 +16,17 @@ from prophet_gym.data.clips import concatenate, episode_folds, load_arrays, subs
 from prophet_gym.data.episode import SPLITS, Episode
 from prophet_gym.data.lerobot_format import EpisodeDataset, LeRobotWriter
 from prophet_gym.evaluation import actions_only
-from prophet_gym.evaluation.agreement import Verdicts, _next_chunks, as_strict, concatenate_verdicts, evaluate
+from prophet_gym.evaluation.agreement import (
+    Verdicts,
+    _moving_epe,
+    _next_chunks,
+    _proprio_report,
+    actions_report,
+    as_strict,
+    concatenate_verdicts,
+    evaluate,
+    video_report,
+)
 from prophet_gym.evaluation.video_metrics import psnr
 from prophet_gym.world_model import ProphetPipeline
 from prophet_gym.world_model.imagination import episode_seeds, replay_episodes
@@ -110,6 +120,12 @@ def episode(index: int, split: str, misleading: bool = False) -> Episode:
     )
 
 
+@pytest.fixture(autouse=True)
+def quick_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be learned from these actions is learned soon."""
+    monkeypatch.setattr(actions_only, "STEPS", 150)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
@@ -198,9 +214,8 @@ def test_episodes_of_one_suite_must_be_equally_long(tmp_path: Path) -> None:
         evaluate(ProphetPipeline.tiny_random(), [tmp_path / "data"], tmp_path / "report", reward_model=RedCornerJudge())
 
 
-def test_the_control_learns_from_episodes_of_any_length(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_learns_from_episodes_of_any_length(data: Path) -> None:
     """One that is cut short does not cut the others."""
-    monkeypatch.setattr(actions_only, "STEPS", 150)
     dataset = EpisodeDataset(data)
     train, val = (load_arrays([dataset], split, progress=False) for split in ("train", "val"))
     for arrays in (train, val):
@@ -240,6 +255,63 @@ def test_single_chunks_begin_from_what_is_true(data: Path, monkeypatch: pytest.M
     whole, _ = replay_episodes(pipeline, arrays, torch.arange(5), seeds)
     # Another batch rounds differently, here and there by a grey level.
     np.testing.assert_allclose(chunks[:, 0].astype(float), whole[:, 1:3].numpy(), atol=1)
+
+
+def test_a_video_is_measured_on_the_way_and_at_its_end(data: Path) -> None:
+    """Frame k is brighter by k levels than it should be."""
+    episode = subset(load_arrays([EpisodeDataset(data)], "val", progress=False), 1, 0)
+    rows = torch.arange(23).clamp(max=STEPS)
+    kept = {name: getattr(episode, name)[rows] for name in ("frames", "proprio", "actions", "success")}
+    arrays = replace(episode, **kept | {"frames": kept["frames"] // 2}, lengths=torch.tensor([23]))
+    real = arrays.frames[None].numpy()
+    brighter = np.arange(23, dtype=np.uint8)[:, None, None, None]
+    report, curves = video_report(ProphetPipeline.tiny_random(), arrays, real, real + brighter, seed=0)
+    expected = 20 * np.log10(255 / np.arange(1, 23))
+    np.testing.assert_allclose(curves["prophet"], expected)
+    assert report["episode_psnr_prophet"] == pytest.approx(expected.mean())
+    assert report["final_psnr_prophet"] == pytest.approx(expected[-1])
+    assert report["moving_psnr_frame_20_prophet"] == pytest.approx(expected[19])
+
+
+def test_pixels_that_hardly_move_do_not_count_as_moving() -> None:
+    """All moving pixels count the same, in whatever video and direction they move."""
+    slow, fast, error = np.array([0.3, 0.3]), np.array([-0.4, 0.4]), np.array([3.0, 4.0])
+    few = np.stack([slow] * 12 + [fast] * 4).reshape(1, 4, 4, 2).astype(np.float32)
+    many = np.stack([slow] * 4 + [fast] * 12).reshape(1, 4, 4, 2).astype(np.float32)
+    wrong = [flow + np.where(flow[..., :1] < 0, error * scale, 99) for flow, scale in ((few, 1.0), (many, 0.2))]
+    assert _moving_epe(wrong, [few, many]) == pytest.approx((4 * 5 + 12 * 1) / 16)
+
+
+def test_estimated_motions_are_measured_on_the_way_and_at_their_ends() -> None:
+    """Each robot drifts by so many centimetres, and twice as many degrees, a frame."""
+    true = torch.zeros(3, 4, 8)
+    true[..., :3] = torch.rand(3, 4, 3)
+    drift = torch.outer(torch.tensor([1.0, 2.0, 6.0]), torch.arange(1.0, 5.0))
+    estimated = true.clone()
+    estimated[..., 1] -= 0.01 * drift
+    estimated[..., 5] += torch.deg2rad(2 * drift)
+    estimated[..., 6:] += 1  # the fingers are no part of the pose
+    assert _proprio_report(estimated, true, 1) == pytest.approx(
+        {"mean_cm": 7.5, "end_cm": 12, "end_median_cm": 8, "mean_degrees": 15, "end_degrees": 24}, abs=1e-3
+    )
+
+
+def test_other_actions_are_all_that_a_counterfactual_changes(data: Path) -> None:
+    """An episode by itself is swapped with itself: the same member, noise and start give the same video."""
+    pipeline = ProphetPipeline.tiny_random()
+    members = ProprioceptionModel(hidden_dim=8, width=8, num_members=3).eval()
+    for weight in (*members.parameters(), pipeline.transformer.action_frame_in.weight):
+        torch.nn.init.normal_(weight, std=0.1)
+    pipeline.register_modules(proprioception=members)
+    arrays = load_arrays([EpisodeDataset(data)], "val", progress=False)
+    folds = set()
+    for seed in range(3):
+        alone = subset(arrays, 1, seed)
+        folds |= set(episode_folds(alone, 3).tolist())
+        imagined, _ = replay_episodes(pipeline, alone, torch.arange(1), episode_seeds(torch.arange(1), seed))
+        report = actions_report(pipeline, alone, alone.frames[None].numpy(), imagined.numpy(), seed)
+        assert report["psnr_own"] == report["psnr_swapped"] != report["psnr_none"]
+    assert len(folds) > 1
 
 
 @pytest.mark.parametrize("num_arms", [1, 2])

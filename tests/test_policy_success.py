@@ -78,6 +78,28 @@ def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
     assert [len(video) for video in rollouts.videos] == [1 + 2 * 5, 1 + 2 * 3]
 
 
+def test_every_episode_has_noise_of_its_own_that_the_seed_decides() -> None:
+    """Two from the same start, by a policy that does nothing; up to the rounding of a grey level."""
+
+    class Watching(Still):
+        def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+            self.seen = observation["image"].astype(int)
+            return super().predict(observation, deterministic)
+
+    def last_seen(seed: int) -> np.ndarray:
+        policy = Watching()
+        evaluate_in_prophet(
+            policy, "libero_object", starts_of([0], [40], repeats=2), world_model=ProphetPipeline.tiny_random(),
+            reward_model=Ramp(), max_chunks=2, seed=seed,
+        )  # fmt: skip
+        return policy.seen
+
+    first, again, next_seed = last_seen(4), last_seen(4), last_seen(5)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first[0] - first[1]).max() > 1 < np.abs(first - next_seed).max(axis=(1, 2, 3)).min()
+    assert np.abs(first[1] - next_seed[0]).max() <= 1
+
+
 @pytest.mark.parametrize(("suite", "chunks"), [("libero_object", 20), ("metaworld", 12), ("a_suite_of_yours", 20)])
 def test_prophet_gives_as_much_time_as_the_real_simulator(tmp_path: Path, suite: str, chunks: int) -> None:
     seen: list[int] = []

@@ -21,6 +21,7 @@ from prophet_gym.reward.training import (
     _fit_logistic,
     balance_threshold,
     calibrate,
+    check_episodes,
     choose_threshold,
     episode_metrics,
     episode_peaks,
@@ -82,6 +83,9 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
 
     scores = score(frames, proprio)
     assert scores.shape == (3,) and scores.dtype == np.float32 and ((scores >= 0) & (scores <= 1)).all()
+    other_start = frames.copy()
+    other_start[2, 0] = 0
+    assert scores[2] != score(other_start, proprio)[2]
     for values in (frames, proprio):
         kept = values.copy()
         values[1, 4:] = 0  # beyond the end
@@ -89,6 +93,23 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
         values[1, 3] = 0
         assert scores[1] != score(frames, proprio)[1] and scores[2] == score(frames, proprio)[2]
         values[...] = kept
+
+
+@pytest.mark.parametrize(("witness", "told_by"), [(0, "frames"), (1, "motion")])
+def test_each_witness_listens_to_the_instruction(tmp_path: Path, witness: int, told_by: str) -> None:
+    """What solves one task does not solve the other one."""
+
+    def two_tasks(count: int, seed: int) -> EpisodeArrays:
+        milk = episodes(count, seed=seed, told_by=told_by)
+        ketchup = episodes(count, seed=seed + 1, told_by=told_by)
+        records = (replace(record, instruction=INSTRUCTION.replace("milk", "ketchup")) for record in ketchup.records)
+        failed = torch.zeros_like(ketchup.success)
+        return concatenate([milk, replace(ketchup, success=failed, records=tuple(records))])
+
+    train, val = two_tasks(16, 0), two_tasks(8, 100)
+    classifier, _ = train_success_classifier(train, val, tmp_path, steps=100, batch_size=32, learning_rate=3e-3)
+    peak, solved = episode_peaks(val, frame_logits(classifier, val)[:, witness].sigmoid())
+    assert solved.sum() == 4 and peak[solved].min() > peak[~solved].max()
 
 
 @pytest.mark.parametrize("told_by", ["frames", "motion"])
@@ -136,6 +157,15 @@ def test_a_judge_needs_solved_and_failed_episodes(tmp_path: Path) -> None:
             train_success_classifier(arrays, mixed, tmp_path)
     with pytest.raises(ValueError, match="max_false_success_rate"):
         train_success_classifier(mixed, mixed, tmp_path, max_false_success_rate=1.0)
+
+
+def test_episodes_can_be_checked_before_anything_is_imagined_from_them() -> None:
+    mixed = episodes(8)
+    check_episodes(mixed, mixed)
+    solved = replace(mixed, success=torch.ones_like(mixed.success))
+    for wrong in (solved, replace(mixed, success=~solved.success), episodes(8, length=2)):
+        with pytest.raises(ValueError, match="learns from solved and from failed episodes of three frames or more"):
+            check_episodes(wrong, mixed)
 
 
 def test_validation_that_calibrates_nothing_is_named_before_the_training(tmp_path: Path) -> None:
