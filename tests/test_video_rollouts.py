@@ -155,10 +155,12 @@ def test_rollouts_are_told_the_true_past_in_the_beginning() -> None:
 
 
 def test_a_model_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The true velocity and the true picture, whatever the history: the target is the next chunk."""
+    """The true velocity and the true picture, whatever the history: the target is the next chunk. What it is given is
+    the truth and noise, to the level that it is told, which is all of it four times of five."""
     pipeline, arrays = ProphetPipeline.tiny_random(), episodes(3)
     loss_fn = make(pipeline, arrays, batch_size=4)
     truth: dict[str, torch.Tensor] = {}
+    noise, levels = [], []
     begin = loss_fn._begin_and_tell
 
     def remember(number: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -168,14 +170,19 @@ def test_a_model_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> 
         return rollouts
 
     def velocity(sample: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
-        return (sample - truth["latents"]) / sigma[:, None, None, None, None]
+        level = sigma[:, None, None, None, None]
+        noise.append((sample - (1 - level) * truth["latents"]) / level)
+        levels.append(sigma)
+        return (sample - truth["latents"]) / level
 
     monkeypatch.setattr(loss_fn, "_begin_and_tell", remember)
     monkeypatch.setattr(pipeline.transformer, "forward", velocity)
     monkeypatch.setattr(pipeline.vae, "decode", lambda *arguments: truth["pixels"])
-    for number in range(4):
+    for number in range(40):
         loss, logs = loss_fn(number, torch.Generator().manual_seed(number))
         assert loss.item() < 1e-6 and logs["psnr"] > 60
+    assert abs(torch.cat(noise).mean()) < 0.02 and abs(torch.cat(noise).std() - 1) < 0.02
+    assert 0.7 < (torch.cat(levels) == 1).float().mean() < 0.9
 
 
 def test_the_recipe_video_learns_the_video_and_leaves_the_motion(
