@@ -1,6 +1,5 @@
 """When an episode counts as solved: in the environments, in the evaluation of policies, in the report."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,13 @@ from prophet_gym.world_model import ProphetPipeline
 NO_ACTION = np.zeros((2, 8, 7), np.float32)
 
 
-class HalfSure:
+class HalfSure(Ramp):
     """Gives every episode one half, which is enough in one suite, and by the motion alone in both."""
 
-    threshold = {"libero_object": 0.5, "libero_spatial": 0.6}  # noqa: RUF012
+    threshold = {"libero_object": 0.5, "libero_spatial": 0.6}  # type: ignore[assignment]  # noqa: RUF012
     motion_threshold = 0.4
 
-    def score(
-        self,
-        frames: NDArray[np.uint8] | None,
-        proprio: NDArray[np.float32],
-        lengths: NDArray[np.int64],
-        instructions: Sequence[str],
-        embeddings: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
+    def score(self, frames: Any, proprio: Any, lengths: NDArray[np.int64], *told: Any) -> NDArray[np.float32]:
         return np.full(len(lengths), 0.5, np.float32)
 
 
