@@ -41,11 +41,6 @@ def run(
     return point, places
 
 
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prophet_gym.training.best_precision", lambda device: "no")
-
-
 def test_on_return_the_module_holds_the_average_of_its_weights(tmp_path: Path) -> None:
     point, places = run(tmp_path)
     average = EMAModel([torch.nn.Parameter(places[0])], decay=0.9, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
