@@ -79,7 +79,7 @@ def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
 
 
 def test_every_episode_has_noise_of_its_own_that_the_seed_decides() -> None:
-    """Two from the same start, by a policy that does nothing; up to the rounding of a grey level."""
+    """Two from the same start, by a policy that does nothing."""
 
     class Watching(Still):
         def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
@@ -94,10 +94,10 @@ def test_every_episode_has_noise_of_its_own_that_the_seed_decides() -> None:
         )  # fmt: skip
         return policy.seen
 
-    first, again, next_seed = last_seen(4), last_seen(4), last_seen(5)
+    first, again, other = last_seen(4), last_seen(4), last_seen(7)
     np.testing.assert_array_equal(first, again)
-    assert np.abs(first[0] - first[1]).max() > 1 < np.abs(first - next_seed).max(axis=(1, 2, 3)).min()
-    assert np.abs(first[1] - next_seed[0]).max() <= 1
+    assert np.abs(first[0] - first[1]).max() > 1  # a batched product rounds by a grey level
+    assert (np.abs(first - other).max(axis=(1, 2, 3)) > 1).all()
 
 
 @pytest.mark.parametrize(("suite", "chunks"), [("libero_object", 20), ("metaworld", 12), ("a_suite_of_yours", 20)])

@@ -95,21 +95,23 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
         values[...] = kept
 
 
-@pytest.mark.parametrize(("witness", "told_by"), [(0, "frames"), (1, "motion")])
-def test_each_witness_listens_to_the_instruction(tmp_path: Path, witness: int, told_by: str) -> None:
+def test_both_witnesses_listen_to_the_instruction(tmp_path: Path) -> None:
     """What solves one task does not solve the other one."""
 
     def two_tasks(count: int, seed: int) -> EpisodeArrays:
-        milk = episodes(count, seed=seed, told_by=told_by)
-        ketchup = episodes(count, seed=seed + 1, told_by=told_by)
+        milk, ketchup = (
+            replace(episodes(count, seed=one), proprio=episodes(count, seed=one, told_by="motion").proprio)
+            for one in (seed, seed + 1)
+        )
         records = (replace(record, instruction=INSTRUCTION.replace("milk", "ketchup")) for record in ketchup.records)
         failed = torch.zeros_like(ketchup.success)
         return concatenate([milk, replace(ketchup, success=failed, records=tuple(records))])
 
     train, val = two_tasks(16, 0), two_tasks(8, 100)
-    classifier, _ = train_success_classifier(train, val, tmp_path, steps=100, batch_size=32, learning_rate=3e-3)
-    peak, solved = episode_peaks(val, frame_logits(classifier, val)[:, witness].sigmoid())
-    assert solved.sum() == 4 and peak[solved].min() > peak[~solved].max()
+    classifier, _ = train_success_classifier(train, val, tmp_path, steps=60, batch_size=32, learning_rate=3e-3)
+    for logits in frame_logits(classifier, val).T:
+        peak, solved = episode_peaks(val, logits.sigmoid())
+        assert solved.sum() == 4 and peak[solved].min() > peak[~solved].max()
 
 
 @pytest.mark.parametrize("told_by", ["frames", "motion"])

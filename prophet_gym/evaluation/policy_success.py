@@ -73,7 +73,7 @@ def evaluate_in_prophet(
         policy: see `Policy`.
         suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
         starts.
-        seed: of the world model's noise. deterministic: passed to `predict`.
+        seed: of the world model's noise and of the member that moves an episode. deterministic: passed to `predict`.
         env_arguments: further arguments of `ProphetVectorEnv`; the autoreset mode is of no account. Episodes are as
             long as the suite's recordings, if it has any, unless `max_chunks` says otherwise.
 
