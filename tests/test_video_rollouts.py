@@ -23,6 +23,7 @@ from prophet_gym.world_model.imagination import (
     replay_episodes,
     track_holds,
 )
+from prophet_gym.world_model.losses import latent_error, pixel_loss
 from prophet_gym.world_model.pipeline import frames_to_pixels
 from prophet_gym.world_model.training import _validate
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
@@ -183,6 +184,27 @@ def test_a_model_that_is_right_has_no_error(monkeypatch: pytest.MonkeyPatch) -> 
         assert loss.item() < 1e-6 and logs["psnr"] > 60
     assert abs(torch.cat(noise).mean()) < 0.02 and abs(torch.cat(noise).std() - 1) < 0.02
     assert 0.7 < (torch.cat(levels) == 1).float().mean() < 0.9
+
+
+def test_places_count_that_differ_from_the_first_frame_or_from_the_latest() -> None:
+    history, clean = torch.zeros(1, 3, 1, 2, 2), torch.zeros(1, 1, 1, 2, 2)
+    history[:, 0, :, 0, 0] = 1.0
+    history[:, -1, :, 1, 1] = 1.0
+    for place, weight in (((0, 0), 9.0), ((1, 1), 9.0), ((0, 1), 1.0)):  # they move twice as much as the mean
+        predicted = clean.clone()
+        predicted[(..., *place)] = 1.0
+        assert latent_error(predicted, clean, history).item() == pytest.approx(weight / 4)
+
+
+def test_pixels_count_where_the_truth_differs_in_any_channel_and_edges_in_both_directions() -> None:
+    truth = torch.zeros(1, 3, 4, 4)
+    for axis in (2, 3):
+        stripe = truth.clone()
+        stripe.select(axis, 1).fill_(0.5)  # only in what was decoded: a quarter of the error, two of three edges
+        assert pixel_loss(stripe, truth, truth).item() == pytest.approx(10 * 0.5**2 / 4 + 0.5 * 2 / 3)
+    red = truth.clone()
+    red[:, 0] = 0.5
+    assert pixel_loss(red + 0.1, red, truth).item() == pytest.approx(10 * 5 * 0.1**2, rel=1e-4)
 
 
 def test_the_recipe_video_learns_the_video_and_leaves_the_motion(

@@ -12,6 +12,10 @@ from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_fit import Point
+from test_fit import run as pull
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, subset, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
@@ -104,7 +108,7 @@ def episodes(count: int, length: int = 9, seed: int = 0) -> EpisodeArrays:
 
 def test_the_autoencoder_keeps_what_stands_still_and_what_is_carried() -> None:
     """A decoder that wants the reference, or a carried frame, everywhere returns it, whatever the latents are."""
-    vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
+    vae = small_autoencoder()
     torch.nn.init.zeros_(vae.to_pixels[1].weight)
     reference, carried = torch.rand(2, 3, 48, 48) * 2 - 1, torch.rand(2, 3, 2, 3, 48, 48) * 2 - 1
     choices = [(12, reference[:, None].expand(-1, 3, -1, -1, -1)), (20, carried[:, :, 0]), (24, carried[:, :, 1])]
@@ -284,6 +288,76 @@ def test_an_untrained_transformer_predicts_a_still() -> None:
     inputs = transformer_inputs(sigma)
     clean = inputs["sample"] - sigma[:, None, None, None, None] * transformer(**inputs)
     torch.testing.assert_close(clean, inputs["history"][:, -1:].expand_as(clean), atol=1e-5, rtol=1e-5)
+    transformer.video_out.bias.data[:4] = 0.5  # a residual
+    shifted = inputs["sample"] - sigma[:, None, None, None, None] * transformer(**inputs)
+    torch.testing.assert_close(shifted, clean + 0.5, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sample", "condition", "action_frames", "carried"])
+def test_each_frame_is_told_what_is_its_own(name: str) -> None:
+    """Before the blocks, where the frames of a chunk see each other."""
+    transformer = ProphetTransformer3DModel(**TINY).eval()
+    for layer in (transformer.action_frame_in, transformer.action_embed.to_timestep):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    seen: list[torch.Tensor] = []
+    transformer.stem[-1].register_forward_hook(lambda module, given, output: seen.append(output))
+    told = transformer_inputs(torch.tensor([1.0, 0.3]))
+    transformer(**told)
+    for frame in range(2):
+        changed = told | {name: told[name].clone()}
+        changed[name][:, frame + (name == "action_frames")] += 1.0  # the first one is of the present
+        transformer(**changed)
+        reached = (seen[-1] != seen[0]).unflatten(0, (2, 2)).flatten(2).any(2)
+        assert reached.tolist() == 2 * [[frame == 0, frame == 1]]
+
+
+@torch.no_grad()
+def test_the_blocks_know_time_row_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = ProphetTransformer3DModel(**TINY).eval()
+    seen: list[torch.Tensor] = []
+    transformer.head[-1].register_forward_hook(lambda module, given, output: seen.append(output))
+    told = transformer_inputs(torch.tensor([1.0, 0.3]))
+    transformer(**told)
+    for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
+        places = getattr(transformer.learnable_pos_embed, name)
+        places.neg_()
+        transformer(**told)
+        places.neg_()
+    rope = transformer.rope.forward
+    monkeypatch.setattr(transformer.rope, "forward", lambda tokens: rope(tokens)[::-1])
+    transformer(**told)
+    assert all((changed - seen[0]).abs().max() > 1e-4 for changed in seen[1:])
+
+
+@torch.no_grad()
+def test_the_convolutions_after_the_blocks_go_on_from_those_before_and_are_told_the_same() -> None:
+    transformer = ProphetTransformer3DModel(**TINY)
+    torch.nn.init.zeros_(transformer.proj_out.weight)  # the blocks between add nothing
+    seen: list[tuple[torch.Tensor, ...]] = []
+    for block in (transformer.stem[-1], transformer.head[0]):
+        block.register_forward_hook(lambda module, given, output: seen.append((*given, output)))
+    transformer(**transformer_inputs(torch.tensor([1.0, 0.3])))
+    (_, told_before, output), (goes_on, told_after, _) = seen
+    assert torch.equal(output, goes_on) and output.any()
+    assert torch.equal(told_before, told_after) and not torch.equal(told_after[0], told_after[-1])
+
+
+@torch.no_grad()
+def test_sampling_tells_the_transformer_the_noise_level_of_each_step(
+    pipeline: ProphetPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[torch.Tensor] = []
+
+    def velocity(sample: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
+        levels.append(sigma)
+        return sample
+
+    monkeypatch.setattr(pipeline.transformer, "forward", velocity)
+    images, proprio, actions = inputs(2)
+    history, state = pipeline.init_history(images), pipeline.init_state(proprio)
+    pipeline.imagine(history, state, actions, twice(images), SUITES[:2], generators(2), 4)
+    torch.testing.assert_close(torch.stack(levels, dim=1), torch.tensor([[1.0, 0.75, 0.5, 0.25]] * 2))
 
 
 def test_leaving_out_the_text_changes_nothing() -> None:
@@ -465,35 +539,65 @@ def test_windows_contain_what_moves() -> None:
     assert torch.equal(windows[0].pixels(arrays.frames[rows])[1], expected)
 
 
-def test_every_stage_learns(tmp_path: Path) -> None:
-    """Each loss falls clearly on the world of the moving square, on the same chunks and without being told the past."""
+def improvement(module: ModelMixin, make: Callable[[], LossFn], out: Path, steps: int, rate: float) -> float:
+    """What a short training leaves of a loss, on the same draws and without being told the past."""
+
+    def loss() -> float:
+        loss_fn = make()  # rollouts of its own
+        with torch.no_grad():
+            return float(np.mean([loss_fn(steps, torch.Generator().manual_seed(k))[0] for k in range(6)]))
+
+    before = loss()
+    fit("stage", module, make(), out, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)
+    return loss() / before
+
+
+def small_autoencoder() -> ProphetAutoencoder:
+    return ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
+
+
+def test_the_autoencoder_learns(tmp_path: Path) -> None:
+    arrays, vae = episodes(16), small_autoencoder()
+    encoder = vae.encoder[1].weight.clone()
+    make = partial(autoencoder_loss, vae, arrays, torch.zeros(16, 1, 3, 4), 8)
+    assert improvement(vae, make, tmp_path, steps=60, rate=5e-3) < 0.6
+    assert (vae.encoder[1].weight - encoder).abs().max() > 1e-3
+
+
+def test_the_proprioception_learns(tmp_path: Path) -> None:
+    pipeline, model = ProphetPipeline.tiny_random(), ProprioceptionModel(hidden_dim=32, width=32)
+    model.delta_std.fill_(0.1)
+    model.delta_std[:, 6:] = 0.005
+    pipeline.register_modules(proprioception=model.eval())
     arrays = episodes(16)
-    vae = ProphetAutoencoder(4, (8, 8, 16), (0, 0, 0), (0, 0, 0))
-    proprioception = ProprioceptionModel(hidden_dim=32, width=32)
-    proprioception.delta_std.fill_(0.1)
-    proprioception.delta_std[:, 6:] = 0.005
-    transformer = ProphetTransformer3DModel(**TINY)
-    whole = ProphetPipeline(vae, transformer, proprioception, FlowMatchEulerDiscreteScheduler())
-    cameras = torch.zeros(16, 1, 3, 4)
 
-    def improvement(stage: str, module: ModelMixin, make: Callable[[], LossFn], steps: int, rate: float) -> float:
-        def loss() -> float:
-            loss_fn = make()  # rollouts of its own
-            with torch.no_grad():
-                return float(np.mean([loss_fn(steps, torch.Generator().manual_seed(k))[0] for k in range(6)]))
+    def error() -> float:
+        return float((imagine_motions(pipeline, arrays).proprio - arrays.proprio)[:, 0].abs().mean())
 
-        before = loss()
-        fit(stage, module, make(), tmp_path, steps=steps, learning_rate=rate, seed=0, ema_decay=0.9)
-        return loss() / before
+    before, make = error(), partial(ProprioceptionLoss, pipeline, arrays, 64, 60)
+    assert improvement(model, make, tmp_path, steps=60, rate=1e-2) < 0.2
+    assert error() < 0.3 * before
 
-    assert improvement("autoencoder", vae, lambda: autoencoder_loss(vae, arrays, cameras, 8), 60, 5e-3) < 0.6
-    motion = partial(ProprioceptionLoss, whole, arrays, 64, 300)
-    assert improvement("proprioception", proprioception, motion, 300, 1e-2) < 0.5
-    with torch.inference_mode():
+
+def test_transformer_and_decoder_learn_on_rollouts(tmp_path: Path) -> None:
+    """The hand is where the square is, and the camera sees it; the encoder stays as it is."""
+    arrays, vae = episodes(16), small_autoencoder()
+    pipeline = ProphetPipeline(
+        vae,
+        ProphetTransformer3DModel(**TINY),
+        ProprioceptionModel(hidden_dim=32, width=32),
+        FlowMatchEulerDiscreteScheduler(),
+        cameras={"libero_object": [[100, 0, 0, 8], [0, 0, 0, 48], [0, 0, 0, 1]]},
+        robots=[("panda", ["libero_object"])],
+    )
+    with torch.no_grad():
+        latents = vae.encode(frames_to_pixels(arrays.frames))
+        vae.latent_mean.copy_(latents.mean((0, 2, 3)))
+        vae.latent_std.copy_(latents.std((0, 2, 3)))
         latents = vae.encode(frames_to_pixels(arrays.frames)).half()
     encoder = [weight.clone() for weight in vae.encoder.parameters()]
-    video = partial(VideoRolloutLoss, whole, arrays, latents, batch_size=4, steps=80)
-    assert improvement("rollouts", VideoModels.of(whole), video, 80, 5e-3) < 0.8
+    make = partial(VideoRolloutLoss, pipeline, arrays, latents, batch_size=4, steps=40)
+    assert improvement(VideoModels.of(pipeline), make, tmp_path, steps=40, rate=1e-2) < 0.4
     assert all(torch.equal(one, other) for one, other in zip(encoder, vae.encoder.parameters(), strict=True))
 
 
@@ -523,6 +627,20 @@ def test_each_robot_is_moved_by_its_member(members: list[int]) -> None:
                 state = alone(state, action[one], start[one], projection[one], robot[one])
             torch.testing.assert_close(states[-1][one, :-1], state[:, :-1])
             assert states[-1][row, -1] == member
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left_out", ["to_map", "correction"])
+def test_a_memory_moves_the_robot_by_the_map_and_by_the_correction(left_out: str) -> None:
+    """Each alone."""
+    model = ensemble()
+    layer = getattr(model.members[0], left_out)
+    torch.nn.init.zeros_((layer[-1] if left_out == "correction" else layer).weight)
+    forgetful = model.init_state(torch.rand(1, 8))
+    mindful = forgetful.clone()
+    mindful[:, 24:32] = 1.0
+    what_else = (torch.rand(1, 4, 7), torch.rand(1, 3, 96, 96), CAMERA[:, None], torch.zeros(1, dtype=torch.int64))
+    assert not torch.equal(model(forgetful, *what_else)[:, :8], model(mindful, *what_else)[:, :8])
 
 
 def test_a_member_alone_has_the_ensembles_own_weights() -> None:
@@ -700,6 +818,61 @@ def test_training_leaves_out_a_batch_without_a_finite_gradient_and_gives_up_afte
         fit("always", model, overflowing(2, 99), tmp_path, steps=99, learning_rate=1e-2, seed=0)
 
 
+def follow(out: Path, validated: bool) -> tuple[Point, list[torch.Tensor], list[torch.Tensor]]:
+    """A point after a short training, where it was after each step, and where it was when it was validated."""
+    point, places, seen = Point(), [], []
+
+    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        return (point.place - torch.rand(3, generator=generator)).square().sum(), {}
+
+    def validate(writer: SummaryWriter, step: int) -> None:
+        seen.append(point.place.detach().clone())
+
+    with register_optimizer_step_post_hook(lambda *_: places.append(point.place.detach().clone())):
+        fit(
+            "point", point, loss, out, steps=12, learning_rate=0.1, seed=0, ema_decay=0.5,
+            validate=validate if validated else None, validate_every=4,
+        )  # fmt: skip
+    return point, places, seen
+
+
+def test_validation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path: Path) -> None:
+    point, places, seen = follow(tmp_path / "validated", validated=True)
+    average, averages = torch.zeros(3), []
+    for step, place in enumerate(places):
+        decay = min(0.5, 1 - (1 + step) ** -0.75)  # it warms up
+        average = decay * average + (1 - decay) * place
+        averages.append(average)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(averages[3::4]))
+    torch.testing.assert_close(point.place.data, average)
+    _, expected, _ = follow(tmp_path / "not", validated=False)
+    assert torch.equal(torch.stack(places), torch.stack(expected)) and not torch.allclose(average, places[-1])
+
+
+def test_the_optimiser_takes_what_is_trained_at_the_scheduled_rate(tmp_path: Path) -> None:
+    """Gradients are not longer than one; the rate rises linearly, at most for a tenth of the steps, and falls as a
+    cosine."""
+    norms, rates = [], []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (group,) = optimizer.param_groups
+        (weight,) = group["params"]
+        norms.append(weight.grad.norm().item())
+        rates.append(group["lr"])
+        assert group["weight_decay"] == 0.2
+
+    with register_optimizer_step_post_hook(note):
+        pull(tmp_path, steps=40, spike=1e3, weight_decay=0.2)
+    assert norms[3] == pytest.approx(1.0, abs=1e-3) and max(norms) < 1.001 and min(norms) < 0.9
+    falling = [0.05 * (1 + np.cos(np.pi * step / 36)) for step in range(36)]
+    assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, *falling])
+
+
+def test_another_seed_is_another_training(tmp_path: Path) -> None:
+    one, other, same = (pull(tmp_path / name, seed=seed)[0] for name, seed in (("a", 0), ("b", 1), ("c", 0)))
+    assert torch.equal(one.place, same.place) and not torch.equal(one.place, other.place)
+
+
 def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:
     trained = train(episodes(4), episodes(2, seed=1), tmp_path, preset="debug")
     again = train(episodes(4), episodes(2, seed=1), tmp_path, preset="debug")
@@ -766,6 +939,16 @@ def test_what_the_hand_carries_moves_as_the_hand_does() -> None:
     still = torch.tensor([0.0, 0.0, 1.0]).expand(1, 2, 3)
     assert torch.equal(image_motion(before, after, torch.zeros(1, 3, 4)), still)
     torch.testing.assert_close(carry(images, still[:, :, None].expand(-1, -1, 2, -1))[:, 0], images)
+
+
+def test_the_latest_frame_is_carried_with_the_hand_and_the_first_with_what_it_holds(pipeline: ProphetPipeline) -> None:
+    """In the condition of a chunk: by as many pixels as they move before the camera since the present."""
+    poses, holds = torch.zeros(1, 3, 8), torch.zeros(1, 2, 7)
+    poses[..., 0], poses[..., 2] = torch.tensor([0.1, 0.2, 0.3]), 1.0
+    holds[..., 3], holds[..., 2], holds[..., 5] = torch.tensor([0.2, 0.4]), 1.0, 1.0  # taken at 0
+    robot = torch.zeros(1, dtype=torch.int64)
+    motion = pipeline.observed_condition(poses, holds, torch.zeros(1, 2, 4, 7), CAMERA[:, None], robot).motion
+    torch.testing.assert_close(motion[..., 0], torch.tensor([[[-10.0, -20.0], [-20.0, -40.0]]]))
 
 
 def test_a_hold_is_where_something_was_taken_and_where_it_was_brought() -> None:
