@@ -150,14 +150,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
-def _count(text: str) -> int:
-    """A number of something, at least one."""
+def positive_int(text: str) -> int:
+    """A number of something, at least one; the name is what the parser calls it."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
-def _rate(text: str) -> float:
+def rate(text: str) -> float:
     """A share of something, in [0, 1)."""
     if not 0 <= (number := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {number}")
@@ -185,10 +185,10 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="libero_object, libero_spatial, libero_goal, libero_10, libero_90, metaworld, fetch or two_arm_lift",
     )
-    record.add_argument("--episodes", type=_count, default=500, help="of all tasks in turn")
+    record.add_argument("--episodes", type=positive_int, default=500, help="of all tasks in turn")
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0, help="of the whole recording")
-    record.add_argument("--workers", type=_count, default=None, help="processes; without it one for each core")
+    record.add_argument("--workers", type=positive_int, default=None, help="processes; without it one for each core")
     record.add_argument(
         "--policy",
         default=None,
@@ -219,7 +219,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="tiny (embedded, CPU), brief (tiny, for as many steps as `adapt`), base (130M weights, one "
         "GPU), cosmos-2b (needs --pretrained) or debug (seconds)",
     )
-    train.add_argument("--episodes", type=_count, default=None, help="at most this many training episodes, in all")
+    train.add_argument(
+        "--episodes", type=positive_int, default=None, help="at most this many training episodes, in all"
+    )
     train.add_argument("--pretrained", default=None, help="folder of Cosmos-Predict2-2B-Video2World, diffusers' format")
     train.add_argument(
         "--action-streams",
@@ -239,12 +241,12 @@ def build_parser() -> argparse.ArgumentParser:
     adapt.add_argument("data", nargs="+", help="folders written by `prophet record`")
     adapt.add_argument(
         "--episodes",
-        type=_count,
+        type=positive_int,
         default=None,
         help="at most this many training episodes, in all; 20 by default, and all of them for extend, motion and video",
     )
     adapt.add_argument(
-        "--lora-rank", type=_count, default=None, help="train low-rank adapters of the transformer alone"
+        "--lora-rank", type=positive_int, default=None, help="train low-rank adapters of the transformer alone"
     )
     adapt.add_argument(
         "--recipe",
@@ -252,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=RECIPES,
         help="adapt; extend, video (a GPU), or motion, which begins anew (many episodes); debug (seconds)",
     )
-    adapt.add_argument("--members", type=_count, default=None, help="of the proprioception, with --recipe motion")
+    adapt.add_argument("--members", type=positive_int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the pipeline")
     adapt.add_argument("--seed", type=int, default=0, help="of episodes and batches")
     adapt.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
@@ -263,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reward.add_argument("data", nargs="+", help="folders written by `prophet record`")
     reward.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the judge")
-    reward.add_argument("--steps", type=_count, default=3000, help="optimiser steps")
+    reward.add_argument("--steps", type=positive_int, default=3000, help="optimiser steps")
     reward.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
     reward.add_argument("--init", default=None, help="a classifier to begin from, folder or shipped name")
     reward.add_argument(
@@ -274,9 +276,9 @@ def build_parser() -> argparse.ArgumentParser:
     reward.add_argument(
         "--motion", nargs="+", default=[], help="data sets from which the motion alone learns, recorded without video"
     )
-    reward.add_argument("--max-false-success-rate", type=_rate, default=0.05, help="of failed validation episodes")
+    reward.add_argument("--max-false-success-rate", type=rate, default=0.05, help="of failed validation episodes")
     reward.add_argument(
-        "--imagined", type=_count, default=400, help="at most this many imagined episodes of each split"
+        "--imagined", type=positive_int, default=400, help="at most this many imagined episodes of each split"
     )
     reward.add_argument("--seed", type=int, default=0, help="of weights and batches")
     reward.add_argument("--device", default="cpu", help="of torch: auto, cpu, cuda ...")
@@ -290,7 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--report", required=True, help="folder for results.json, plots and contact sheets")
     evaluate.add_argument("--reward-model", default="reward-libero", help="folder, or the name of a shipped one")
     evaluate.add_argument("--split", nargs="+", default=["val"], choices=("val", "test"), help="one, or both together")
-    evaluate.add_argument("--episodes", type=_count, default=None, help="at most this many of each suite")
+    evaluate.add_argument("--episodes", type=positive_int, default=None, help="at most this many of each suite")
     evaluate.add_argument("--seed", type=int, default=0, help="of the episodes drawn and of the world model's noise")
     evaluate.add_argument("--device", default="auto", help="of torch: auto, cpu, cuda ...")
     evaluate.set_defaults(run=_evaluate)

@@ -44,6 +44,12 @@ def best_precision(device: torch.device) -> str:
     return "bf16" if fast else "no"
 
 
+def best_autocast(device: torch.device) -> torch.autocast:
+    """The context in which models compute in `best_precision`."""
+    # Not accelerate's, which in some versions stays on where a loss raises.
+    return torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16")
+
+
 def fit(
     name: str,
     module: ModelMixin,
@@ -144,9 +150,7 @@ def fit(
         module.train()
         batch = step * accelerator.num_processes + accelerator.process_index
         generator = torch.Generator().manual_seed(1_000_003 * seed + batch)
-        # Not accelerate's `autocast`, which in some versions stays on where a loss raises.
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=accelerator.mixed_precision == "bf16")
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), best_autocast(device):
             torch.manual_seed(1_000_003 * seed + batch)  # of the dropout
             loss, logs = loss_fn(step, generator)
         accelerator.backward(loss)

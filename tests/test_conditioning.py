@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_world_model import TINY, episodes, generators, inputs, twice
+from test_world_model import SUITES, TINY, episodes, generators, inputs, transformer_inputs, twice
 
 from prophet_gym.world_model import ProphetPipeline, ProphetTransformer3DModel
 from prophet_gym.world_model.losses import latent_error, noise_levels, pixel_loss
@@ -56,15 +56,53 @@ def test_every_condition_reaches_the_network(way: str, scalars_by: str) -> None:
 
 
 @torch.no_grad()
-def test_the_network_knows_where_in_the_picture_it_is() -> None:
+@pytest.mark.parametrize("name", ["sample", "condition", "action_frames", "carried"])
+def test_each_frame_is_told_what_is_its_own(name: str) -> None:
+    """Before the blocks, where the frames of a chunk see each other."""
+    transformer = ProphetTransformer3DModel(**TINY).eval()
+    for layer in (transformer.action_frame_in, transformer.action_embed.to_timestep):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    seen: list[torch.Tensor] = []
+    transformer.stem[-1].register_forward_hook(lambda module, given, output: seen.append(output))
+    told = transformer_inputs(torch.tensor([1.0, 0.3]))
+    transformer(**told)
+    for frame in range(2):
+        changed = told | {name: told[name].clone()}
+        changed[name][:, frame + (name == "action_frames")] += 1.0  # the first one is of the present
+        transformer(**changed)
+        reached = (seen[-1] != seen[0]).unflatten(0, (2, 2)).flatten(2).any(2)
+        assert reached.tolist() == 2 * [[frame == 0, frame == 1]]
+
+
+@torch.no_grad()
+def test_the_blocks_know_time_row_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = ProphetTransformer3DModel(**TINY).eval()
     seen: list[torch.Tensor] = []
     transformer.head[-1].register_forward_hook(lambda module, given, output: seen.append(output))
-    told = distinct_inputs()
+    told = transformer_inputs(torch.tensor([1.0, 0.3]))
     transformer(**told)
-    transformer.learnable_pos_embed.pos_emb_h.mul_(-1.0)
+    for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
+        places = getattr(transformer.learnable_pos_embed, name)
+        places.neg_()
+        transformer(**told)
+        places.neg_()
+    rope = transformer.rope.forward
+    monkeypatch.setattr(transformer.rope, "forward", lambda tokens: rope(tokens)[::-1])
     transformer(**told)
-    assert (seen[0] - seen[1]).abs().max() > 1e-4
+    assert all((changed - seen[0]).abs().max() > 1e-4 for changed in seen[1:])
+
+
+@torch.no_grad()
+def test_the_convolutions_after_the_blocks_go_on_from_those_before_and_are_told_the_same() -> None:
+    transformer = ProphetTransformer3DModel(**TINY)
+    torch.nn.init.zeros_(transformer.proj_out.weight)  # the blocks between add nothing
+    seen: list[tuple[torch.Tensor, ...]] = []
+    for block in (transformer.stem[-1], transformer.head[0]):
+        block.register_forward_hook(lambda module, given, output: seen.append((*given, output)))
+    transformer(**transformer_inputs(torch.tensor([1.0, 0.3])))
+    (_, told_before, output), (goes_on, told_after, _) = seen
+    assert torch.equal(output, goes_on) and output.any()
+    assert torch.equal(told_before, told_after) and not torch.equal(told_after[0], told_after[-1])
 
 
 @torch.no_grad()
@@ -99,6 +137,21 @@ def test_sampling_integrates_the_velocity_from_noise_to_data(steps: int, monkeyp
     pipeline.imagine(history, state, actions, twice(images), ["libero_object"] * 2, generators(2), steps)
     noise = torch.cat([torch.randn(1, 2, 4, 12, 12, generator=generator) for generator in generators(2)])
     torch.testing.assert_close(latents[0], noise * (1 - 1 / steps) ** steps)
+
+
+@torch.no_grad()
+def test_sampling_tells_the_transformer_the_noise_level_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, levels = ProphetPipeline.tiny_random(), []
+
+    def velocity(sample: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
+        levels.append(sigma)
+        return sample
+
+    monkeypatch.setattr(pipeline.transformer, "forward", velocity)
+    images, proprio, actions = inputs(2)
+    history, state = pipeline.init_history(images), pipeline.init_state(proprio)
+    pipeline.imagine(history, state, actions, twice(images), SUITES[:2], generators(2), 4)
+    torch.testing.assert_close(torch.stack(levels, dim=1), torch.tensor([[1.0, 0.75, 0.5, 0.25]] * 2))
 
 
 @torch.no_grad()

@@ -4,11 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.training import fit
 
@@ -50,6 +53,61 @@ def test_on_return_the_module_holds_the_average_of_its_weights(tmp_path: Path) -
     torch.testing.assert_close(point.place.data, average.shadow_params[0], rtol=0.1, atol=0.02)
     saved = Point.from_pretrained(tmp_path / "point")
     assert torch.equal(saved.place, point.place) and torch.equal(saved.fixed, torch.ones(3))
+
+
+def follow(out: Path, validated: bool) -> tuple[Point, list[torch.Tensor], list[torch.Tensor]]:
+    """A point after a short training, where it was after each step, and where it was when it was validated."""
+    point, places, seen = Point(), [], []
+
+    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        return (point.place - torch.rand(3, generator=generator)).square().sum(), {}
+
+    def validate(writer: SummaryWriter, step: int) -> None:
+        seen.append(point.place.detach().clone())
+
+    with register_optimizer_step_post_hook(lambda *_: places.append(point.place.detach().clone())):
+        fit(
+            "point", point, loss, out, steps=12, learning_rate=0.1, seed=0, ema_decay=0.5,
+            validate=validate if validated else None, validate_every=4,
+        )  # fmt: skip
+    return point, places, seen
+
+
+def test_validation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path: Path) -> None:
+    point, places, seen = follow(tmp_path / "validated", validated=True)
+    average, averages = torch.zeros(3), []
+    for step, place in enumerate(places):
+        decay = min(0.5, 1 - (1 + step) ** -0.75)  # it warms up
+        average = decay * average + (1 - decay) * place
+        averages.append(average)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(averages[3::4]))
+    torch.testing.assert_close(point.place.data, average)
+    _, expected, _ = follow(tmp_path / "not", validated=False)
+    assert torch.equal(torch.stack(places), torch.stack(expected)) and not torch.allclose(average, places[-1])
+
+
+def test_the_optimiser_takes_what_is_trained_at_the_scheduled_rate(tmp_path: Path) -> None:
+    """Gradients are not longer than one; the rate rises linearly, at most for a tenth of the steps, and falls as a
+    cosine."""
+    norms, rates = [], []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (group,) = optimizer.param_groups
+        (weight,) = group["params"]
+        norms.append(weight.grad.norm().item())
+        rates.append(group["lr"])
+        assert group["weight_decay"] == 0.2
+
+    with register_optimizer_step_post_hook(note):
+        run(tmp_path, steps=40, spike=1e3, weight_decay=0.2)
+    assert norms[3] == pytest.approx(1.0, abs=1e-3) and max(norms) < 1.001 and min(norms) < 0.9
+    falling = [0.05 * (1 + np.cos(np.pi * step / 36)) for step in range(36)]
+    assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, *falling])
+
+
+def test_another_seed_is_another_training(tmp_path: Path) -> None:
+    one, other, same = (run(tmp_path / name, seed=seed)[0] for name, seed in (("a", 0), ("b", 1), ("c", 0)))
+    assert torch.equal(one.place, same.place) and not torch.equal(one.place, other.place)
 
 
 def test_a_steep_batch_is_clipped(tmp_path: Path) -> None:

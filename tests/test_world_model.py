@@ -12,10 +12,6 @@ from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fit import Point
-from test_fit import run as pull
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, subset, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
@@ -291,73 +287,6 @@ def test_an_untrained_transformer_predicts_a_still() -> None:
     transformer.video_out.bias.data[:4] = 0.5  # a residual
     shifted = inputs["sample"] - sigma[:, None, None, None, None] * transformer(**inputs)
     torch.testing.assert_close(shifted, clean + 0.5, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["sample", "condition", "action_frames", "carried"])
-def test_each_frame_is_told_what_is_its_own(name: str) -> None:
-    """Before the blocks, where the frames of a chunk see each other."""
-    transformer = ProphetTransformer3DModel(**TINY).eval()
-    for layer in (transformer.action_frame_in, transformer.action_embed.to_timestep):
-        torch.nn.init.normal_(layer.weight, std=0.1)
-    seen: list[torch.Tensor] = []
-    transformer.stem[-1].register_forward_hook(lambda module, given, output: seen.append(output))
-    told = transformer_inputs(torch.tensor([1.0, 0.3]))
-    transformer(**told)
-    for frame in range(2):
-        changed = told | {name: told[name].clone()}
-        changed[name][:, frame + (name == "action_frames")] += 1.0  # the first one is of the present
-        transformer(**changed)
-        reached = (seen[-1] != seen[0]).unflatten(0, (2, 2)).flatten(2).any(2)
-        assert reached.tolist() == 2 * [[frame == 0, frame == 1]]
-
-
-@torch.no_grad()
-def test_the_blocks_know_time_row_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer = ProphetTransformer3DModel(**TINY).eval()
-    seen: list[torch.Tensor] = []
-    transformer.head[-1].register_forward_hook(lambda module, given, output: seen.append(output))
-    told = transformer_inputs(torch.tensor([1.0, 0.3]))
-    transformer(**told)
-    for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
-        places = getattr(transformer.learnable_pos_embed, name)
-        places.neg_()
-        transformer(**told)
-        places.neg_()
-    rope = transformer.rope.forward
-    monkeypatch.setattr(transformer.rope, "forward", lambda tokens: rope(tokens)[::-1])
-    transformer(**told)
-    assert all((changed - seen[0]).abs().max() > 1e-4 for changed in seen[1:])
-
-
-@torch.no_grad()
-def test_the_convolutions_after_the_blocks_go_on_from_those_before_and_are_told_the_same() -> None:
-    transformer = ProphetTransformer3DModel(**TINY)
-    torch.nn.init.zeros_(transformer.proj_out.weight)  # the blocks between add nothing
-    seen: list[tuple[torch.Tensor, ...]] = []
-    for block in (transformer.stem[-1], transformer.head[0]):
-        block.register_forward_hook(lambda module, given, output: seen.append((*given, output)))
-    transformer(**transformer_inputs(torch.tensor([1.0, 0.3])))
-    (_, told_before, output), (goes_on, told_after, _) = seen
-    assert torch.equal(output, goes_on) and output.any()
-    assert torch.equal(told_before, told_after) and not torch.equal(told_after[0], told_after[-1])
-
-
-@torch.no_grad()
-def test_sampling_tells_the_transformer_the_noise_level_of_each_step(
-    pipeline: ProphetPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    levels: list[torch.Tensor] = []
-
-    def velocity(sample: torch.Tensor, sigma: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:
-        levels.append(sigma)
-        return sample
-
-    monkeypatch.setattr(pipeline.transformer, "forward", velocity)
-    images, proprio, actions = inputs(2)
-    history, state = pipeline.init_history(images), pipeline.init_state(proprio)
-    pipeline.imagine(history, state, actions, twice(images), SUITES[:2], generators(2), 4)
-    torch.testing.assert_close(torch.stack(levels, dim=1), torch.tensor([[1.0, 0.75, 0.5, 0.25]] * 2))
 
 
 def test_leaving_out_the_text_changes_nothing() -> None:
@@ -801,6 +730,20 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+@torch.no_grad()
+def test_a_loss_that_goes_on_from_another_one_looks_at_the_pictures_there() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(6)
+    arrays = replace(arrays, first_frames=torch.randint_like(arrays.first_frames, 256))
+    for weight in pipeline.proprioception.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    losses = [ProprioceptionLoss(pipeline, arrays, 8, 10) for _ in range(2)]
+    for seed, loss_fn in enumerate(losses):
+        loss_fn(0, torch.Generator().manual_seed(seed))
+    losses[0].load_state_dict(losses[1].state_dict())
+    one, other = (loss_fn(1, torch.Generator().manual_seed(2))[0] for loss_fn in losses)
+    assert torch.equal(one, other)
+
+
 def test_training_leaves_out_a_batch_without_a_finite_gradient_and_gives_up_after_many(tmp_path: Path) -> None:
     pipeline = ProphetPipeline.tiny_random()
     model, loss_fn = pipeline.proprioception, ProprioceptionLoss(pipeline, episodes(4), 8, 5)
@@ -816,61 +759,6 @@ def test_training_leaves_out_a_batch_without_a_finite_gradient_and_gives_up_afte
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
     with pytest.raises(FloatingPointError, match="not finite"):
         fit("always", model, overflowing(2, 99), tmp_path, steps=99, learning_rate=1e-2, seed=0)
-
-
-def follow(out: Path, validated: bool) -> tuple[Point, list[torch.Tensor], list[torch.Tensor]]:
-    """A point after a short training, where it was after each step, and where it was when it was validated."""
-    point, places, seen = Point(), [], []
-
-    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        return (point.place - torch.rand(3, generator=generator)).square().sum(), {}
-
-    def validate(writer: SummaryWriter, step: int) -> None:
-        seen.append(point.place.detach().clone())
-
-    with register_optimizer_step_post_hook(lambda *_: places.append(point.place.detach().clone())):
-        fit(
-            "point", point, loss, out, steps=12, learning_rate=0.1, seed=0, ema_decay=0.5,
-            validate=validate if validated else None, validate_every=4,
-        )  # fmt: skip
-    return point, places, seen
-
-
-def test_validation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path: Path) -> None:
-    point, places, seen = follow(tmp_path / "validated", validated=True)
-    average, averages = torch.zeros(3), []
-    for step, place in enumerate(places):
-        decay = min(0.5, 1 - (1 + step) ** -0.75)  # it warms up
-        average = decay * average + (1 - decay) * place
-        averages.append(average)
-    torch.testing.assert_close(torch.stack(seen), torch.stack(averages[3::4]))
-    torch.testing.assert_close(point.place.data, average)
-    _, expected, _ = follow(tmp_path / "not", validated=False)
-    assert torch.equal(torch.stack(places), torch.stack(expected)) and not torch.allclose(average, places[-1])
-
-
-def test_the_optimiser_takes_what_is_trained_at_the_scheduled_rate(tmp_path: Path) -> None:
-    """Gradients are not longer than one; the rate rises linearly, at most for a tenth of the steps, and falls as a
-    cosine."""
-    norms, rates = [], []
-
-    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        (group,) = optimizer.param_groups
-        (weight,) = group["params"]
-        norms.append(weight.grad.norm().item())
-        rates.append(group["lr"])
-        assert group["weight_decay"] == 0.2
-
-    with register_optimizer_step_post_hook(note):
-        pull(tmp_path, steps=40, spike=1e3, weight_decay=0.2)
-    assert norms[3] == pytest.approx(1.0, abs=1e-3) and max(norms) < 1.001 and min(norms) < 0.9
-    falling = [0.05 * (1 + np.cos(np.pi * step / 36)) for step in range(36)]
-    assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, *falling])
-
-
-def test_another_seed_is_another_training(tmp_path: Path) -> None:
-    one, other, same = (pull(tmp_path / name, seed=seed)[0] for name, seed in (("a", 0), ("b", 1), ("c", 0)))
-    assert torch.equal(one.place, same.place) and not torch.equal(one.place, other.place)
 
 
 def test_train_writes_a_pipeline_and_returns_it_again(tmp_path: Path) -> None:

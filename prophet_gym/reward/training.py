@@ -109,14 +109,14 @@ def train_success_classifier(
 def check_episodes(train_arrays: EpisodeArrays, val_arrays: EpisodeArrays) -> None:
     """Raise what `train_success_classifier` raises of its episodes, or warn where a threshold cannot be calibrated."""
     _failed_ends(train_arrays)
-    arrays = val_arrays
-    if not arrays.success.any() or int(arrays.lengths.min()) < 3:
+    if not val_arrays.success.any() or int(val_arrays.lengths.min()) < 3:
         raise ValueError(
             "A judge is calibrated on validation episodes of three frames or more, solved ones among them; these have "
-            f"{int(arrays.success.sum())} solved frames and lengths from {int(arrays.lengths.min())} on: record more."
+            f"{int(val_arrays.success.sum())} solved frames and lengths from {int(val_arrays.lengths.min())} on: "
+            "record more."
         )
-    failed = ~arrays.success[arrays.starts + arrays.lengths - 1].numpy()
-    suites = np.array(arrays.suites)
+    failed = ~val_arrays.success[val_arrays.starts + val_arrays.lengths - 1].numpy()
+    suites = np.array(val_arrays.suites)
     if untested := sorted(set(suites.tolist()) - set(suites[failed].tolist())):
         warnings.warn(
             f"Validation has no failed episode of {untested}: their thresholds are held against nothing. Record more.",

@@ -9,6 +9,7 @@ import torch
 
 from prophet_gym.data.clips import EpisodeArrays
 from prophet_gym.run_folder import weights_checksum
+from prophet_gym.world_model.imagination import has_chunk
 from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
@@ -22,7 +23,6 @@ from prophet_gym.world_model.training import (
     set_robots,
 )
 from prophet_gym.world_model.transformer import with_memory
-from prophet_gym.world_model.video_rollouts import has_chunk
 
 RECIPES: dict[str, dict[str, Any]] = {
     # A few episodes: a quarter of an hour on one core. They are too few to tell how far to go: the motion ends half-way

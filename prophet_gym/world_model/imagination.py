@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, without_pictures
-from prophet_gym.training import best_precision
+from prophet_gym.training import best_autocast
 from prophet_gym.world_model.action_conditioning import carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.pipeline import ChunkCondition, ProphetPipeline, frames_to_pixels
@@ -17,6 +17,21 @@ def frame_rows(arrays: EpisodeArrays, episodes: torch.Tensor, chunk_frames: int)
     """Rows of the frames of some episodes (N,), up to the last whole chunk of the shortest: int64 (N, T + 1)."""
     steps = int(arrays.lengths[episodes].min()) - 1
     return arrays.starts[episodes, None] + torch.arange(steps - steps % chunk_frames + 1)
+
+
+def has_chunk(pipeline: ProphetPipeline, arrays: EpisodeArrays, kind: str = "training episode") -> torch.Tensor:
+    """Which episodes have a whole chunk, bool (E,): the others are not drawn.
+
+    Raises:
+        ValueError: none has; it calls them what `kind` says.
+    """
+    whole = arrays.lengths > pipeline.chunk_frames
+    if not whole.any():
+        raise ValueError(
+            f"No {kind} has {pipeline.chunk_frames + 1} frames, its first one and a chunk; the longest has "
+            f"{int(arrays.lengths.max())}: record longer ones."
+        )
+    return whole
 
 
 def replay_episodes(
@@ -69,12 +84,7 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     """
     if count < 1:
         raise ValueError(f"The number of imagined episodes must be at least 1, got {count}.")
-    whole = (arrays.lengths > pipeline.chunk_frames).nonzero()[:, 0]
-    if not len(whole):
-        raise ValueError(
-            f"No episode has {pipeline.chunk_frames + 1} frames, its first one and a chunk; the longest has "
-            f"{int(arrays.lengths.max())}: record longer ones."
-        )
+    whole = has_chunk(pipeline, arrays, "episode").nonzero()[:, 0]
     chosen = whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()]
     lengths = arrays.lengths[chosen]
     return concatenate([_imagine(pipeline, arrays, chosen[lengths == length], seed) for length in lengths.unique()])
@@ -83,7 +93,7 @@ def imagine_episodes(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
 def _imagine(pipeline: ProphetPipeline, arrays: EpisodeArrays, chosen: torch.Tensor, seed: int) -> EpisodeArrays:
     """The episodes `chosen` (N,), all of one length, in imagination."""
     device = pipeline.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=best_precision(device) == "bf16"):
+    with best_autocast(device):
         frames, proprio = replay_episodes(pipeline, arrays, chosen, episode_seeds(chosen, seed))
     rows = frame_rows(arrays, chosen, pipeline.chunk_frames)
     length = rows.shape[1]

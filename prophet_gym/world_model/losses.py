@@ -96,6 +96,11 @@ class ProprioceptionLoss(ReplayLoss):
         self.model, self.steps, self.frames = pipeline.proprioception.member(member), steps, frames
         self._pixels: torch.Tensor | None = None  # the robots' first frames
 
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state)
+        self._pixels = None
+
     def __call__(self, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         model, arrays, device = self.model, self.arrays, self.model.device
         rollouts, begins = self._begin_and_tell(step, generator)
@@ -120,12 +125,12 @@ class ProprioceptionLoss(ReplayLoss):
 
     def _look(self, rollouts: dict[str, torch.Tensor], begins: torch.Tensor) -> torch.Tensor:
         """First frames as pixels (B, 3, H, W); of those that went on what was made of them before."""
-        rows = torch.arange(len(begins)) if self._pixels is None else begins.nonzero()[:, 0]
-        new = frames_to_pixels(self.arrays.first_frames[rollouts["episodes"][rows]]) + rollouts["gain"][rows]
-        if self._pixels is None:
-            self._pixels = new.to(self.model.device)
-        else:
-            self._pixels[rows.to(self.model.device)] = new.to(self.model.device)
+        device, frames = self.model.device, self.arrays.first_frames
+        if self._pixels is None:  # not carried in a checkpoint
+            begins = torch.ones_like(begins)
+            self._pixels = torch.empty(len(begins), 3, *frames.shape[1:3], device=device)
+        new = frames_to_pixels(frames[rollouts["episodes"][begins]]) + rollouts["gain"][begins]
+        self._pixels[begins.to(device)] = new.to(device)
         return self._pixels
 
     def _begin_and_tell(self, step: int, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

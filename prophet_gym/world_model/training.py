@@ -22,13 +22,13 @@ from prophet_gym.run_folder import claim
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
-from prophet_gym.world_model.imagination import encode_frames, frame_rows, replay_episodes
+from prophet_gym.world_model.imagination import encode_frames, frame_rows, has_chunk, replay_episodes
 from prophet_gym.world_model.lora import add_lora, fuse_lora
 from prophet_gym.world_model.losses import CROP, ProprioceptionLoss, autoencoder_loss, error_psnr
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.proprioception import ProprioceptionModel
 from prophet_gym.world_model.transformer import ProphetTransformer3DModel
-from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss, has_chunk
+from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 
 logger = logging.getLogger(__name__)
 

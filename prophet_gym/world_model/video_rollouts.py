@@ -11,7 +11,7 @@ from prophet_gym.world_model.action_conditioning import carry
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.cosmos import ProphetCosmosAutoencoder, ProphetCosmosTransformer3DModel
 from prophet_gym.world_model.history import advance_history
-from prophet_gym.world_model.imagination import observed_condition, track_holds
+from prophet_gym.world_model.imagination import has_chunk, observed_condition, track_holds
 from prophet_gym.world_model.losses import (
     ReplayLoss,
     contact_weights,
@@ -68,21 +68,6 @@ class VideoModels(ModelMixin, ConfigMixin):
         for name, part in parts.items():
             setattr(models, name, part)
         return models
-
-
-def has_chunk(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> torch.Tensor:
-    """Which episodes have a whole chunk, bool (E,): the others are not drawn.
-
-    Raises:
-        ValueError: none has.
-    """
-    whole = arrays.lengths > pipeline.chunk_frames
-    if not whole.any():
-        raise ValueError(
-            f"No training episode has {pipeline.chunk_frames + 1} frames, its first one and a chunk; the longest has "
-            f"{int(arrays.lengths.max())}: record longer ones."
-        )
-    return whole
 
 
 class VideoRolloutLoss(ReplayLoss):
