@@ -84,7 +84,8 @@ def test_before_training_the_output_is_that_of_the_pretrained_model(
         return_dict=False,
     )[0]
     assert model.buffer_frames == (9 if memory else 3)
-    assert torch.equal(model(**inputs), expected.transpose(1, 2)[:, 1:])
+    # The same sums, but for the modulation, which is computed for a frame in place of each of its tokens.
+    torch.testing.assert_close(model(**inputs), expected.transpose(1, 2)[:, 1:], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

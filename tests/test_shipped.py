@@ -88,6 +88,7 @@ def test_the_post_trained_policy_succeeds_more_often_in_prophet() -> None:
     assert len(trained.success) == 50 and trained.rate > cloned.rate + 0.15
 
 
+@pytest.mark.filterwarnings("error:The ratio of new to old")
 def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) -> None:
     policy = FlowPolicy.from_safetensors(WEIGHTS / "flow-policy-libero-40")
     envs = gym.make_vec("Prophet-LIBERO-v0", num_envs=8, video=False, max_chunks=4, autoreset_mode="SameStep")

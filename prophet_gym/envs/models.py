@@ -174,8 +174,9 @@ def _load_reward_model(path: Path, modified_ns: int, device: str) -> "SuccessCla
     from prophet_gym.reward.success_classifier import SuccessClassifier
 
     _check_weights(path)
-    model = SuccessClassifier.from_pretrained(path, use_safetensors=True, local_files_only=True)
-    return model.to(device).eval()
+    model = SuccessClassifier.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
+    torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    return model
 
 
 def resolve_device(device: str) -> str:

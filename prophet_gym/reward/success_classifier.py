@@ -134,8 +134,11 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         Returns:
             float (B,).
         """
-        pixels = clips.to(self.film.weight.dtype).permute(0, 1, 4, 2, 3).flatten(1, 2) / 127.5 - 1.0  # (B, 9, H, W)
-        hidden = F.silu(self.stem(pixels))
+        unshuffle, convolution = self.stem
+        # Bytes are moved, not numbers of four, and to where the convolution wants them.
+        folded = unshuffle(clips.permute(0, 1, 4, 2, 3).flatten(1, 2)).contiguous(memory_format=torch.channels_last)
+        pixels = folded.to(convolution.weight.dtype).div_(127.5).sub_(1.0)  # (B, 36, H / 2, W / 2)
+        hidden = F.silu(convolution(pixels))
         modulation = self.film(embeddings.to(pixels.dtype))
         for layer in self.down:
             hidden = layer(hidden)

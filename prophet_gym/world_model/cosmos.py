@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from prophet_gym.world_model.action_conditioning import FrameActionEmbedding
 from prophet_gym.world_model.history import FramePackMemory, split_history
-from prophet_gym.world_model.transformer import per_token, prepare_cosmos
+from prophet_gym.world_model.transformer import prepare_cosmos
 
 _GIVEN_SIGMA = 1e-4 / (1 + 1e-4)
 """Noise level that diffusers' `Cosmos2VideoToWorldPipeline` tells the transformer of frames that are given."""
@@ -185,21 +185,21 @@ class ProphetCosmosTransformer3DModel(CosmosTransformer3DModel):
         # One noise level per frame; the rectified flow's, as it was pretrained
         levels = torch.cat([torch.full_like(sigma, _GIVEN_SIGMA)[:, None], sigma[:, None].expand(-1, frames)], dim=1)
         temb, embedded_timestep = self.time_embed(sample, levels.flatten())  # (B (1 + F), 3 D), (B (1 + F), D)
-        grid = tokens.shape[1:4]
+        grid = tokens.shape[2:4]
         temb, embedded_timestep = (
-            per_token(value.unflatten(0, (batch, 1 + frames)) + offset, grid)  # (B, (1 + F) h' w', ...)
+            (value.unflatten(0, (batch, 1 + frames)) + offset)[:, :, None]  # (B, 1 + F, 1, ...)
             for value, offset in ((temb, adaln_offset), (embedded_timestep, timestep_offset))
         )
 
         image_rotary_emb = self.rope(video.transpose(1, 2), fps=self.config.fps)
-        hidden_states = tokens.flatten(1, 3)  # (B, (1 + F) h' w', D)
+        hidden_states = tokens.flatten(2, 3)  # (B, 1 + F, h' w', D)
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, remembered, embedded_timestep, temb, image_rotary_emb)
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
 
         # (B, 1 + F, h', w', p_h, p_w, C): the order of the pretrained output
         _, p_h, p_w = self.config.patch_size
-        velocity = hidden_states.unflatten(2, (p_h, p_w, -1)).unflatten(1, grid)
+        velocity = hidden_states.unflatten(3, (p_h, p_w, -1)).unflatten(2, grid)
         return velocity.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)[:, 1:]
 
 

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 import torch
 from diffusers import CosmosTransformer3DModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.models.attention_processor import Attention
 
 # Not used here: `DiffusionPipeline.from_pretrained` looks the loading interface up in the module that holds the class.
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +41,26 @@ class _NoTextNorm(nn.Module):
         return zero, zero
 
 
+class FrameAttnProcessor(CosmosAttnProcessor2_0):
+    """Attention among all tokens of a chunk, which come frame by frame: (B, F, N, D).
+
+    So that a frame's modulation, (B, F, 1, D), is computed once and not for each of its tokens.
+    """
+
+    # `Attention` hands on the arguments that are named here, and drops all others.
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tokens = hidden_states.flatten(1, 2)
+        attended: torch.Tensor = super().__call__(attn, tokens, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return attended.unflatten(1, hidden_states.shape[1:3])
+
+
 def prepare_cosmos(transformer: CosmosTransformer3DModel) -> None:
     """What a subclass does once the base class is built: give the cross-attention another subject than text, and keep a
     config of its own.
@@ -53,6 +75,9 @@ def prepare_cosmos(transformer: CosmosTransformer3DModel) -> None:
             nn.init.zeros_(block.attn2.to_out[0].weight)
         else:
             block.attn2, block.norm2 = _NoText(), _NoTextNorm()
+        for attention in block.modules():
+            if isinstance(attention, Attention):
+                attention.set_processor(FrameAttnProcessor())
 
 
 _Transformer = TypeVar("_Transformer", bound=CosmosTransformer3DModel)
@@ -79,11 +104,6 @@ def with_memory(transformer: _Transformer, memory: Sequence[tuple[int, int, int]
     # `ModelMixin.to` would warn of modules to keep in float32.
     nn.Module.to(copy, transformer.device, transformer.dtype)
     return copy.train(transformer.training)
-
-
-def per_token(embedding: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-    """Repeat per-frame embeddings (B, F, D) for every token of the frame: (B, F h' w', D)."""
-    return embedding[:, :, None].expand(-1, -1, grid[1] * grid[2], -1).flatten(1, 2)
 
 
 class ConditionedBlock(nn.Module):
@@ -245,16 +265,16 @@ class ProphetTransformer3DModel(CosmosTransformer3DModel):
         # Transformer over all tokens of the chunk
         tokens = local.unflatten(0, (batch, frames)).transpose(1, 2)  # (B, Ch, F, h, w)
         image_rotary_emb = self.rope(tokens)
-        position = self.learnable_pos_embed(tokens)
+        position = self.learnable_pos_embed(tokens[:1]).unflatten(1, (frames, -1))
         hidden_states = self.patch_embed(tokens)  # (B, F, h', w', D)
-        grid = hidden_states.shape[1:4]
-        hidden_states = hidden_states.flatten(1, 3)  # (B, F h' w', D)
-        embedded_timestep, temb = per_token(embedded_timestep, grid), per_token(temb, grid)
+        grid = hidden_states.shape[2:4]
+        hidden_states = hidden_states.flatten(2, 3)  # (B, F, h' w', D)
+        embedded_timestep, temb = embedded_timestep[:, :, None], temb[:, :, None]
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, remembered, embedded_timestep, temb, image_rotary_emb, position)
         hidden_states = self.proj_out(self.norm_out(hidden_states, embedded_timestep, temb))
         p_t, p_h, p_w = self.config.patch_size
-        wide = hidden_states.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)  # (B, F', h', w', pt, ph, pw, Ch)
+        wide = hidden_states.unflatten(3, (p_t, p_h, p_w, -1)).unflatten(2, grid)  # (B, F', h', w', pt, ph, pw, Ch)
         wide = wide.permute(0, 1, 4, 7, 2, 5, 3, 6).reshape(local.shape)
 
         # Convolutions again, and the choice of what to keep
