@@ -19,6 +19,7 @@ from fagrpo.fagrpo import FAGRPO, FLOW_SCALES
 from fagrpo.imitation import behaviour_cloning
 from fagrpo.objective import PLACEMENTS, RATIOS
 from fagrpo.policies import FlowPolicy, average_policies
+from prophet_gym.cli import positive_int
 
 CHUNK = 8
 
@@ -250,13 +251,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=["clean"],
         help="of episodes to imitate, where they succeed: clean, noisy, counterfactual, policy",
     )
-    clone.add_argument("--episodes", type=int, help="use at most this many episodes of each data set")
-    clone.add_argument("--updates", type=int, default=5000, help="optimiser steps")
+    clone.add_argument("--episodes", type=positive_int, help="use at most this many episodes of each data set")
+    clone.add_argument("--updates", type=positive_int, default=5000, help="optimiser steps")
     clone.add_argument("--max-seconds", type=float, help="stop after this wall-clock time")
-    clone.add_argument("--batch-size", type=int, default=64, help="chunks of an optimiser step")
+    clone.add_argument("--batch-size", type=positive_int, default=64, help="chunks of an optimiser step")
     clone.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
-    clone.add_argument("--num-flow-steps", type=int, default=10, help="from noise to an action")
-    clone.add_argument("--frame-stack", type=int, default=1, help="observations per input")
+    clone.add_argument("--num-flow-steps", type=positive_int, default=10, help="from noise to an action")
+    clone.add_argument("--frame-stack", type=positive_int, default=1, help="observations per input")
     clone.add_argument("--blind", action="store_true", help="leave the image out (control)")
     clone.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
     clone.add_argument("--seed", type=int, default=0, help="of weights and batches")
@@ -275,24 +276,28 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument(
         "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"
     )
-    learn.add_argument("--num-envs", type=int, default=64, help="episodes side by side")
-    learn.add_argument("--frame-stack", type=int, default=1, help="as in `fagrpo sft`")
-    learn.add_argument("--steps", type=int, default=50_000, help="environment steps in total")
-    learn.add_argument("--group-size", type=int, default=8, help="episodes that share a start and are compared")
-    learn.add_argument("--batch-size", type=int, default=256, help="actions of an optimiser step")
-    learn.add_argument("--epochs", type=int, default=2, help="how often each rollout is used")
+    learn.add_argument("--num-envs", type=positive_int, default=64, help="episodes side by side")
+    learn.add_argument("--frame-stack", type=positive_int, default=1, help="as in `fagrpo sft`")
+    learn.add_argument("--steps", type=positive_int, default=50_000, help="environment steps in total")
+    learn.add_argument(
+        "--group-size", type=positive_int, default=8, help="episodes that share a start and are compared"
+    )
+    learn.add_argument("--batch-size", type=positive_int, default=256, help="actions of an optimiser step")
+    learn.add_argument("--epochs", type=positive_int, default=2, help="how often each rollout is used")
     learn.add_argument("--learning-rate", type=float, default=1e-5, help="8e-5 with --sde-window 4 and --target-kl 0.1")
     learn.add_argument("--ratio", choices=RATIOS, default="chunk", help="what one probability ratio is of")
     learn.add_argument("--flow-scale", choices=FLOW_SCALES, default="paper", help="weights of the flow steps")
     learn.add_argument("--flow-scale-placement", choices=PLACEMENTS, default="advantage", help="where they stand")
     learn.add_argument("--noise-level", type=float, default=0.5, help="a of the SDE: sigma = a sqrt(t / (1 - t))")
-    learn.add_argument("--sde-window", type=int, help="stochastic flow steps of each rollout; all by default")
+    learn.add_argument("--sde-window", type=positive_int, help="stochastic flow steps of each rollout; all by default")
     learn.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL divergence from the first policy")
     learn.add_argument("--target-kl", type=float, help="end an update beyond 1.5 times this approximate KL")
     learn.add_argument(
         "--ema-decay", type=float, default=0.0, help="of an average of the weights over updates, which is then written"
     )
-    learn.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
+    learn.add_argument(
+        "--checkpoint-every", type=positive_int, default=10_000, help="environment steps between checkpoints"
+    )
     learn.add_argument("--seed", type=int, default=0, help="of actions, starts and batches")
     learn.add_argument("--device", default="auto", help="of torch, for the policy")
     learn.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -109,3 +109,7 @@ def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "a flow policy needs a Box" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         build_parser().parse_args(["train", "x", "--out", "y", "--ratio", "token"])
+    for command in (["train", "x", "--num-envs", "0"], ["train", "x", "--steps", "-8"], ["sft", "x", "--updates", "0"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--out", "y"])
+        assert f"{command[2]}: must be at least 1, got {command[3]}" in capsys.readouterr().err
