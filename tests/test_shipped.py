@@ -51,6 +51,17 @@ def test_the_arm_follows_the_actions() -> None:
     assert abs(columns[0] - columns[1]) > 5 and changed.mean() < 0.5
 
 
+def test_in_bfloat16_the_video_is_nearly_the_same() -> None:
+    """It takes other paths through the networks (`autoencoder._GroupNorm`)."""
+    images = []
+    for dtype in ("float32", "bfloat16"):
+        envs = gym.make_vec("Prophet-LIBERO-v0", num_envs=2, dtype=dtype, device="cpu")
+        envs.reset(seed=0)
+        envs.action_space.seed(0)
+        images.append(envs.step(envs.action_space.sample())[0]["image"].astype(float))
+    assert 0 < np.abs(images[0] - images[1]).mean() < 0.2
+
+
 def test_the_shipped_prophet_knows_three_robots() -> None:
     """Sawyer and Fetch have no say in their hand's orientation; the Panda has."""
     pipeline = load_world_model("prophet-libero-tiny", "cpu")
