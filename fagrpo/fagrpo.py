@@ -40,9 +40,8 @@ from fagrpo.policies import FlowPolicy
 from fagrpo.rollout_buffer import ADVANTAGES, GroupRolloutBuffer, GroupRolloutSamples
 
 FLOW_SCALES = ("none", "paper", "equalizing")
-RATIO_TOLERANCE = 1e-3
-"""Of the first ratio from 1. Some CPUs round a product by how many rows it has: 2e-5 has been seen with float32."""
-MIN_ROWS = 8
+RATIO_TOLERANCE = 1e-5
+MIN_ROWS = 16
 """Sampling and scoring never compute fewer rows at a time: libraries round products of fewer rows differently, and over
 hundreds of dimensions times flow steps the ratio would show it."""
 

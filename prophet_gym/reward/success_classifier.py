@@ -135,7 +135,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
             float (B,).
         """
         unshuffle, convolution = self.stem
-        # Bytes are moved, not numbers of four, and to where the convolution wants them.
+        # Folded as bytes, which are a quarter of the floats, into the layout that the convolution wants.
         folded = unshuffle(clips.permute(0, 1, 4, 2, 3).flatten(1, 2)).contiguous(memory_format=torch.channels_last)
         pixels = folded.to(convolution.weight.dtype).div_(127.5).sub_(1.0)  # (B, 36, H / 2, W / 2)
         hidden = F.silu(convolution(pixels))
