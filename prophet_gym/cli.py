@@ -10,11 +10,12 @@ RECIPES = ("adapt", "extend", "motion", "video", "debug")
 
 
 def _record(arguments: argparse.Namespace) -> None:
-    from prophet_gym.data.episode import Policy
+    from prophet_gym.data.episode import Planner, Policy
     from prophet_gym.simulators.experts import RandomMotion
-    from prophet_gym.simulators.recording import record
+    from prophet_gym.simulators.recording import looks_at_image, record
 
     policy: Policy | None = None
+    planner: Planner | None = None
     if arguments.policy == "random":
         policy = RandomMotion()
     elif arguments.policy is not None:
@@ -22,13 +23,20 @@ def _record(arguments: argparse.Namespace) -> None:
         from prophet_gym.envs.models import checkpoint_path
 
         policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
+    if arguments.world_model is not None:
+        from prophet_gym.envs.models import load_world_model
+        from prophet_gym.world_model.imagination import RehearsedPolicy
+
+        if policy is None:
+            raise ValueError("--world-model is where a policy acts before its actions are replayed: give --policy.")
+        planner = RehearsedPolicy(load_world_model(arguments.world_model, "cpu"), policy, looks_at_image(policy))
     record(
         arguments.suite,
         arguments.episodes,
         arguments.out,
         seed=arguments.seed,
         workers=arguments.workers,
-        policy=policy,
+        policy=planner or policy,
         split=arguments.split,
         video=not arguments.no_video,
         recipe=arguments.recipe,
@@ -193,6 +201,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--policy",
         default=None,
         help="who acts in place of the scripts: name of a shipped policy, folder of another, or 'random'",
+    )
+    record.add_argument(
+        "--world-model",
+        default=None,
+        help="the policy acts in this Prophet, and what it did there is replayed: name of a shipped one, or a folder",
     )
     record.add_argument(
         "--recipe",

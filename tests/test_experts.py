@@ -592,6 +592,33 @@ def test_a_policy_does_not_act_in_a_counterfactual():
     assert record_episode(CubeWorld(8123), plan, policy).actions.any() and not policy.seen
 
 
+class Plan:
+    """A planner that pushes to the side, and keeps what it was told."""
+
+    def plan(self, *start):
+        self.start = start
+        return np.full((start[4], 7), 0.5, np.float32)
+
+    def checksum(self):
+        return "plan"
+
+
+def test_a_plan_is_made_from_the_start_and_carried_out_whatever_happens():
+    plan = EpisodePlan(index=0, task=0, split="val", init_state=8123, recipe="rehearsed", jitter=False, seed=1)
+    planner = Plan()
+    episode = record_episode(CubeWorld(8123), plan, planner)
+    suite, image, proprio, instruction, control_steps, seed = planner.start
+    assert (suite, instruction, control_steps, seed) == (episode.suite, episode.instruction, 160, 1)
+    assert np.array_equal(image, episode.frames[0]) and np.array_equal(proprio, episode.proprio[0])
+    assert episode.kind == "rehearsed"
+    assert (episode.actions[..., [0, 1, 2, 6]] == 0.5).all() and not episode.actions[..., 3:6].any()
+    for nobody in (None, RandomMotion()):
+        with pytest.raises(ValueError, match="'rehearsed': pass the policy that acts, or the planner"):
+            record_episode(CubeWorld(8123), plan, nobody)
+    with pytest.raises(ValueError, match="'policy': pass the policy that acts"):
+        record_episode(CubeWorld(8123), dataclasses.replace(plan, recipe="policy"), planner)
+
+
 def test_a_turned_hand_has_an_orientation_without_jumps():
     """Sawyer's and Fetch's hands look down: x along the world's -z. Small tilts of it must be small changes."""
     down = np.array([np.sqrt(0.5), 0.0, np.sqrt(0.5), 0.0])

@@ -25,6 +25,7 @@ def test_it_offers_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     ("command", "message"),
     [
         (["record", "--suite", "libero_objects", "--out", "data"], "libero_object"),
+        (["record", "--suite", "fetch", "--out", "data", "--world-model", "prophet-libero-tiny"], "give --policy"),
         (["train", "nowhere", "--out", "out"], "There is no data set folder nowhere"),
         (["train", ".", "--out", "out"], "otherwise it is no data set"),
         (["train", ".", "--out", "out", "--device", "gpu"], "Unknown device 'gpu': use 'auto'"),

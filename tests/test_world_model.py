@@ -32,6 +32,7 @@ from prophet_gym.world_model.action_conditioning import (
 )
 from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import (
+    RehearsedPolicy,
     imagine_episodes,
     imagine_motions,
     replay_episodes,
@@ -172,6 +173,69 @@ def test_replay_is_repeated_imagination(pipeline: ProphetPipeline) -> None:
     assert torch.equal(poses, torch.cat([proprio[:, None], first.proprio, second.proprio], dim=1))
     assert torch.equal(poses[:, 2::2], torch.stack([first.state[:, :8], second.state[:, :8]], dim=1))
     assert torch.equal(clip, torch.cat([images[:, None], first.frames, second.frames], dim=1))
+
+
+MILK = "pick up the milk and place it in the basket"
+
+
+class Watching:
+    """A policy whose actions depend on all that it is shown, and leave the range."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, np.ndarray]] = []
+
+    def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+        self.seen.append({name: value.copy() for name, value in observation.items()})
+        sums = [value.astype(np.float64).sum() for value in observation.values()]
+        return np.sin(np.arange(56).reshape(1, 8, 7) + sum(sums)) * 1.5, None
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_a_policy_acts_on_what_prophet_imagines_of_its_actions(pipeline: ProphetPipeline, video: bool) -> None:
+    images, proprio, _ = inputs(1)
+    policy = Watching()
+    start = (SUITES[0], images[0].numpy(), proprio[0].numpy(), MILK)
+    actions = RehearsedPolicy(pipeline, policy, video).plan(*start, 28, seed=7)
+    assert actions.shape == (28, 7) and actions.dtype == np.float32 and np.abs(actions).max() == 1
+    whole = torch.from_numpy(actions[:24])[None]  # the last chunk was cut short
+    clip, poses = pipeline.replay(images, proprio, whole, SUITES[:1], [torch.Generator().manual_seed(7)])
+    assert len(policy.seen) == 4
+    for chunk, observation in enumerate(policy.seen):
+        assert np.array_equal(observation["image"], clip[:, 2 * chunk if video else 0])
+        np.testing.assert_allclose(observation["proprio"], poses[:, 2 * chunk], atol=1e-6)
+        assert observation["instruction"].shape == (1, 384)
+    assert np.array_equal(RehearsedPolicy(pipeline, Watching(), video).plan(*start, 28, seed=7), actions)
+
+
+def test_the_member_of_a_rehearsal_follows_from_the_seed() -> None:
+    pipeline = ProphetPipeline.tiny_random()
+    pipeline.register_modules(proprioception=pipeline.proprioception.untrained(2).eval())
+    with torch.no_grad():  # a fresh one corrects nothing
+        for weight in pipeline.proprioception.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    images, proprio, _ = inputs(1)
+    acts = RehearsedPolicy(pipeline, Watching(), video=False)
+    plans = [acts.plan(SUITES[0], images[0].numpy(), proprio[0].numpy(), MILK, 16, seed) for seed in (4, 5, 6)]
+    assert np.array_equal(plans[0], plans[2]) and not np.array_equal(plans[0], plans[1])
+
+
+def test_a_rehearsed_policy_is_known_by_who_acts_and_where(pipeline: ProphetPipeline) -> None:
+    here = RehearsedPolicy(pipeline, Watching(), video=False).checksum()
+    assert here == RehearsedPolicy(pipeline, Watching(), video=False).checksum()
+    assert here != RehearsedPolicy(ProphetPipeline.tiny_random(1), Watching(), video=False).checksum()
+    assert here != RehearsedPolicy(pipeline, torch.nn.Linear(1, 1), video=False).checksum()
+
+
+def test_a_rehearsed_policy_of_another_robot_is_refused(pipeline: ProphetPipeline) -> None:
+    class Other:
+        def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+            return np.zeros((1, 4, 7), np.float32), None
+
+    images, proprio, _ = inputs(1)
+    with pytest.raises(ValueError, match=r"shape \(4, 7\), and libero_object takes \(8, 7\)"):
+        RehearsedPolicy(pipeline, Other(), video=False).plan(
+            "libero_object", images[0].numpy(), proprio[0].numpy(), MILK, 16, 0
+        )
 
 
 def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: Path) -> None:

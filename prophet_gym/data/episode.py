@@ -2,7 +2,7 @@
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
 """LIBERO's official initial states of each task, by split; nothing is reported on train, nothing is tuned on test."""
 SEED_SPLITS = {"train": range(0, 8000), "val": range(8000, 9000), "test": range(9000, 10000)}
 """The seeds that starts are drawn from in simulators without official initial states, by split."""
-KINDS = ("clean", "noisy", "counterfactual", "policy")
+KINDS = ("clean", "noisy", "counterfactual", "policy", "rehearsed")
 ACTION_DIM = 7
 """Numbers in a low-level action, for each arm."""
 PROPRIO_DIM = 8
@@ -35,6 +35,27 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Planner(Protocol):
+    """Chooses all actions of an episode from its start, whatever they then do."""
+
+    def plan(
+        self,
+        suite: str,
+        image: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
+        instruction: str,
+        control_steps: int,
+        seed: int,
+    ) -> NDArray[np.float32]:
+        """Map a start, uint8 (H, W, 3) and float32 (8 K,), to actions (control_steps, 7 K) in [-1, 1]."""
+        ...
+
+    def checksum(self) -> str:
+        """What tells it from another planner."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Episode:
     """A robot episode of T video steps, that is T + 1 frames.
@@ -54,7 +75,8 @@ class Episode:
     :param init_state: index of the initial state the episode began from, or the seed it was drawn from, >= 0.
     :param split: ``"train"``, ``"val"`` or ``"test"``.
     :param kind: ``"clean"`` (expert), ``"noisy"`` (disturbed expert), ``"counterfactual"`` (the same actions from
-        another start) or ``"policy"`` (rollout of a policy).
+        another start), ``"policy"`` (rollout of a policy) or ``"rehearsed"`` (what a policy did in Prophet, see
+        `Planner`).
     :param robot: name of the robot, e.g. ``"panda"``.
     :param seed: seed of the episode's random stream, >= 0.
     :raises TypeError: an array has the wrong dtype, or a field the wrong type.

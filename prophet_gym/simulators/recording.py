@@ -1,5 +1,5 @@
-"""Record data sets in the real simulators: scripted successes, honest failures and counterfactuals, or rollouts of a
-policy.
+"""Record data sets in the real simulators: scripted successes, honest failures and counterfactuals, rollouts of a
+policy, or what a policy did in Prophet.
 
 All episodes of a suite are equally long (160 control steps, 41 frames at 5 Hz; 240 and 61 in libero_10, 96 and 25 in
 Meta-World, 120 and 31 in two_arm_lift) whatever happens in them, and a disturbed script's actions never depend on
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import ACTION_DIM, CHUNK_SIZE, FPS, FRAME_STRIDE, IMAGE_SIZE, Episode, Policy
+from prophet_gym.data.episode import ACTION_DIM, CHUNK_SIZE, FPS, FRAME_STRIDE, IMAGE_SIZE, Episode, Planner, Policy
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
 from prophet_gym.run_folder import claim, weights_checksum
@@ -51,7 +51,7 @@ class EpisodePlan:
         task: index of the task in the suite.
         split: ``"train"``, ``"val"`` or ``"test"``.
         init_state: the start: LIBERO's official initial state, or the seed that another simulator draws it from.
-        recipe: name of a noise recipe, one of ``COUNTERFACTUALS``, or ``"policy"``.
+        recipe: name of a noise recipe, one of ``COUNTERFACTUALS``, ``"policy"`` or ``"rehearsed"``.
         jitter: whether objects are shifted and the arm displaced before the first frame.
         seed: seed of the episode's random stream.
     """
@@ -69,7 +69,7 @@ class EpisodePlan:
         """The data set's name for this recipe: one of ``KINDS``."""
         if self.recipe in COUNTERFACTUALS:
             return "counterfactual"
-        return self.recipe if self.recipe in ("clean", "policy") else "noisy"
+        return self.recipe if self.recipe in ("clean", "policy", "rehearsed") else "noisy"
 
 
 def plan_episodes(
@@ -83,7 +83,7 @@ def plan_episodes(
     """Plan a recording: tasks in turn, 8 of every 10 rounds for training, 1 for validation, 1 for tests.
 
     With `policy`, a policy acts in all of them; with `split`, all of them are of that split; with `fixed_recipe`, one
-    of `NOISE_RECIPES`, scripts are disturbed by it in all of them, and none is counterfactual.
+    of `NOISE_RECIPES` or "rehearsed", it is the recipe of all of them, and none is counterfactual.
     """
     facts = SUITES[suite]
     shares, tasks = facts.noise_shares, facts.tasks
@@ -108,7 +108,7 @@ def record(
     out: str | os.PathLike[str],
     seed: int = 0,
     workers: int | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Planner | None = None,
     split: str | None = None,
     video: bool = True,
     recipe: str | None = None,
@@ -121,7 +121,8 @@ def record(
         out: folder of the data set.
         seed: seed of the whole recording.
         workers: processes; None is one per core. Each needs up to 2.5 GB with LIBERO, 0.5 GB with the others.
-        policy: acts in all episodes, a chunk of 8 actions at a time; pickled to the processes. None: scripts.
+        policy: acts in all episodes, a chunk of 8 actions at a time; or plans them from their starts, see `Planner`.
+            Pickled to the processes. None: scripts.
         split: "train", "val" or "test", of all episodes. None: 80, 10 and 10 of a hundred.
         video: False keeps the first frame alone, which stands for all: half the time, for the proprioception and the
             motion of the judge, which need no other. A policy still sees the present, see `looks_at_image`.
@@ -150,10 +151,12 @@ def record(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    network = _network(policy)
-    acts = weights_checksum(network) if isinstance(network, torch.nn.Module) else policy and type(policy).__name__
+    acts = _checksum(policy)
     claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
-    plans = plan_episodes(suite, episodes, seed, policy is not None, split, recipe)
+    planned = isinstance(policy, Planner)
+    plans = plan_episodes(
+        suite, episodes, seed, policy is not None and not planned, split, "rehearsed" if planned else recipe
+    )
     spawn = get_context("spawn")
     written, stop = spawn.Queue(), spawn.Event()
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written, stop), max_tasks_per_child=1)
@@ -183,7 +186,7 @@ def record(
 
 
 def record_episode(
-    simulation: Simulation, plan: EpisodePlan, policy: Policy | None = None, video: bool = True
+    simulation: Simulation, plan: EpisodePlan, policy: Policy | Planner | None = None, video: bool = True
 ) -> Episode:
     """Run one planned episode and keep what the camera saw, or the first frame of it; `policy` acts if that is the
     plan."""
@@ -196,14 +199,19 @@ def record_episode(
     noise_rng = np.random.default_rng([plan.seed, 2])
     sigma = noise_rng.uniform(0.0, POLICY_NOISE)
     noises = [ActionNoise(sigma, noise_rng) for _ in range(suite.robot.num_arms)]
-    if plan.recipe == "policy" and policy is None:
-        raise ValueError("The plan's recipe is 'policy': pass the policy that acts.")
-    looks = policy is not None and looks_at_image(policy)
+    planner = policy if isinstance(policy, Planner) else None
+    actor = None if isinstance(policy, Planner) else policy
+    if {"policy": actor, "rehearsed": planner}.get(plan.recipe, plan) is None:
+        raise ValueError(f"The plan's recipe is {plan.recipe!r}: pass the policy that acts, or the planner.")
+    looks = actor is not None and looks_at_image(actor)
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
+    if plan.recipe == "rehearsed" and planner is not None:
+        start = (simulation.suite, frames[0], proprio[0], simulation.instruction)
+        actions[:] = planner.plan(*start, suite.control_steps, plan.seed) * suite.robot.action_mask
     for step in range(suite.control_steps):
         if expert is not None:
             actions[step] = expert.act()
-        elif plan.recipe == "policy" and policy is not None and step % CHUNK_SIZE == 0:
+        elif plan.recipe == "policy" and actor is not None and step % CHUNK_SIZE == 0:
             # Without video nothing was rendered since the first frame, and a policy that looks must see the present.
             image = frames[-1] if video or not looks else simulation.render()
             observation = {
@@ -211,7 +219,7 @@ def record_episode(
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
-            chunk = np.array(policy.predict(observation)[0][0], np.float32)  # its own array is not ours to change
+            chunk = np.array(actor.predict(observation)[0][0], np.float32)  # its own array is not ours to change
             if chunk.shape != (CHUNK_SIZE, len(suite.robot.action_mask)):
                 raise ValueError(
                     f"The policy's actions have shape {chunk.shape}, and {suite.robot.name!r} takes "
@@ -250,6 +258,16 @@ def looks_at_image(policy: Policy) -> bool:
 def _network(policy: Policy | None) -> Any:
     """The policy itself, also of a Stable-Baselines3 algorithm."""
     return getattr(policy, "policy", policy)
+
+
+def _checksum(policy: Policy | Planner | None) -> int | str | None:
+    """What tells who acts from another."""
+    if policy is None:
+        return None
+    if isinstance(policy, Planner):
+        return policy.checksum()
+    network = _network(policy)
+    return weights_checksum(network) if isinstance(network, torch.nn.Module) else type(policy).__name__
 
 
 def _clean_actions_elsewhere(
@@ -304,7 +322,7 @@ def _start_worker(written: Any, stop: Any) -> None:
 
 
 def _record_task(
-    suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | None = None, video: bool = True
+    suite: str, root: Path, plans: list[EpisodePlan], policy: Policy | Planner | None = None, video: bool = True
 ) -> dict[str, list[list[float]]]:
     torch.set_num_threads(1)
     simulation = SUITES[suite].load(suite, plans[0].task, IMAGE_SIZE)

@@ -1,12 +1,18 @@
 """Recorded episodes, imagined: what Prophet is measured by, and what it and its judge also train on."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, without_pictures
+from prophet_gym.data.episode import ACTION_DIM, PROPRIO_DIM, Policy
+from prophet_gym.data.instructions import embed_instructions
+from prophet_gym.run_folder import weights_checksum
 from prophet_gym.training import best_autocast
 from prophet_gym.world_model.action_conditioning import carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -129,6 +135,76 @@ def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size
             running = frame < lengths
             proprio[starts[running] + frame] = state[running, : proprio.shape[1]].cpu()
     return without_pictures(replace(arrays, proprio=proprio))
+
+
+@dataclass(frozen=True)
+class RehearsedPolicy:
+    """A policy that acts in Prophet: a `Planner`, whose episodes a recording replays in the real simulator.
+
+    In an episode that was recorded the other way round, the actions answer to what really happened, and so tell of it:
+    that a hand goes on to the plate says that it holds the bowl. Under reinforcement learning in Prophet they answer to
+    what Prophet believes, and tell of nothing else. Ortega et al. 2021, arXiv 2110.10819, on such delusions.
+
+    Args:
+        pipeline: where it acts. policy: who acts.
+        video: imagine what it sees, or its motion alone.
+    """
+
+    pipeline: ProphetPipeline
+    policy: Policy
+    video: bool
+
+    def checksum(self) -> str:
+        """What tells it from another one."""
+        pipeline, policy = self.pipeline, getattr(self.policy, "policy", self.policy)
+        parts = (pipeline.vae, pipeline.transformer) if self.video else ()
+        acts = weights_checksum(policy) if isinstance(policy, torch.nn.Module) else type(policy).__name__
+        return f"{acts} in {weights_checksum(pipeline.proprioception, *parts)}"
+
+    @torch.inference_mode()
+    def plan(
+        self,
+        suite: str,
+        image: NDArray[np.uint8],
+        proprio: NDArray[np.float32],
+        instruction: str,
+        control_steps: int,
+        seed: int,
+    ) -> NDArray[np.float32]:
+        """All actions of an episode from this start, float32 (control_steps, 7 K), see `Planner`. Prophet's noise, and
+        the member of the proprioception that moves the robot, follow from `seed`; the policy draws from the global
+        stream.
+
+        Raises:
+            ValueError: the policy's actions are not of this robot.
+        """
+        pipeline, noise = self.pipeline, torch.Generator().manual_seed(seed)
+        width, absent = ACTION_DIM * pipeline.arms(suite), PROPRIO_DIM * pipeline.num_arms - len(proprio)
+        observation = {"image": image[None], "proprio": proprio[None], "instruction": embed_instructions([instruction])}
+        start = torch.from_numpy(image)[None]
+        member = torch.tensor([seed % pipeline.num_members])
+        state = pipeline.init_state(F.pad(torch.from_numpy(proprio)[None], (0, absent)), member)
+        history = pipeline.init_history(start) if self.video else None
+        chunks = []
+        for _ in range(-(-control_steps // pipeline.chunk_size)):
+            chunk = np.clip(self.policy.predict(observation)[0], -1.0, 1.0).astype(np.float32)
+            if chunk.shape != (1, pipeline.chunk_size, width):
+                raise ValueError(
+                    f"The policy's actions have shape {chunk.shape[1:]}, and {suite} takes "
+                    f"{(pipeline.chunk_size, width)}: give a policy of this robot."
+                )
+            chunks.append(chunk[0])
+            actions = F.pad(torch.from_numpy(chunk), (0, pipeline.action_dim - width))
+            if history is None:
+                poses, state = pipeline.imagine_motion(state, actions, start, [suite])
+            else:
+                latest = torch.from_numpy(observation["image"])
+                images = torch.stack([start, latest], dim=1)
+                imagined = pipeline.imagine(history, state, actions, images=images, suites=[suite], generator=noise)
+                poses, state, history = imagined.proprio, imagined.state, imagined.history
+                observation["image"] = imagined.frames[:, -1].numpy()
+            observation["proprio"] = poses[:, -1, : len(proprio)].numpy()
+        return np.concatenate(chunks)[:control_steps]
 
 
 def track_holds(arrays: EpisodeArrays) -> torch.Tensor:
