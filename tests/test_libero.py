@@ -10,14 +10,21 @@ from multiprocessing import active_children
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
+from fagrpo import FlowPolicy
+from prophet_gym import WEIGHTS
+from prophet_gym.cli import main
 from prophet_gym.data.episode import SPLITS
+from prophet_gym.data.lerobot_format import EpisodeDataset
+from prophet_gym.envs.models import load_world_model
 from prophet_gym.envs.start_states import instruction_embedding, load_start_states
 from prophet_gym.simulators import libero as libero_module
 from prophet_gym.simulators.libero import LiberoEnv, task_number
 from prophet_gym.simulators.recording import record
+from prophet_gym.world_model.imagination import RehearsedPolicy
 
 pytestmark = pytest.mark.libero
 NO_OP = np.tile(np.array([0, 0, 0, 0, 0, 0, -1], np.float32), (8, 1))
@@ -354,3 +361,22 @@ def test_a_recording_that_fails_in_one_task_stops_says_so_and_another_policy_doe
     assert 1 <= len(list(out.rglob("*.parquet"))) < 8, "the first task's worker goes on to its last episode"
     with pytest.raises(ValueError, match="belongs to a run with policy FailsOnTheSecondTask"):
         record("libero_object", 2, out, workers=2, video=False)
+
+
+def test_what_a_policy_did_in_prophet_is_replayed(tmp_path):
+    """By the command line: policy and Prophet travel to the process that records."""
+    facts = ["--suite", "libero_object", "--policy", "flow-policy-libero-40", "--split", "val", "--no-video"]
+    command = ["record", *facts, "--episodes", "1", "--workers", "1", "--out", str(tmp_path / "data")]
+    assert main([*command, "--world-model", "prophet-libero-tiny"]) == 0
+    dataset = EpisodeDataset(tmp_path / "data")
+    assert [(record.kind, record.split, record.length) for record in dataset.records] == [("rehearsed", "val", 41)]
+    episode = dataset[0]
+    acts = RehearsedPolicy(
+        load_world_model("prophet-libero-tiny", "cpu"),
+        FlowPolicy.from_safetensors(WEIGHTS / "flow-policy-libero-40"),
+        video=False,
+    )
+    torch.manual_seed(episode.seed)
+    start = (episode.suite, episode.frames[0], episode.proprio[0], episode.instruction)
+    planned = acts.plan(*start, 160, episode.seed)
+    np.testing.assert_allclose(episode.actions.reshape(160, 7), planned, atol=1e-4)
