@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prophet_gym.data.episode import Policy, policy_network
 from prophet_gym.data.lerobot_format.schema import write_json
 
 
@@ -39,6 +40,12 @@ def claim(out: Path, **settings: Any) -> None:
     elif made := [name for name in ("pipeline", "reward", "checkpoints", "checkpoint_*.zip") if any(out.glob(name))]:
         raise ValueError(f"{out} holds {made}, but no {file.name} that says of what run: choose another folder.")
     write_json(file, settings)
+
+
+def policy_checksum(policy: Policy) -> int | str:
+    """What tells a policy from another: one number for its weights, or its class where it has none."""
+    network = policy_network(policy)
+    return weights_checksum(network) if isinstance(network, torch.nn.Module) else type(policy).__name__
 
 
 def weights_checksum(*modules: torch.nn.Module) -> int:

@@ -35,6 +35,27 @@ class Policy(Protocol):
         ...
 
 
+def policy_network(policy: Policy) -> Any:
+    """The policy itself, also of a Stable-Baselines3 algorithm."""
+    return getattr(policy, "policy", policy)
+
+
+def next_chunk(policy: Policy, observation: dict[str, Any], shape: tuple[int, int], robot: str) -> NDArray[np.float32]:
+    """What a policy does next in one episode, float32 of this shape, (chunk, 7 K); a copy, for its own array is not
+    ours to change.
+
+    :param observation: a batch of one. robot: whose actions have that shape, for the message.
+    :raises ValueError: the actions have another shape.
+    """
+    actions = np.array(policy.predict(observation)[0], np.float32)
+    if actions.shape != (1, *shape):
+        raise ValueError(
+            f"The policy's actions have shape {actions.shape[1:]}, and {robot} takes {shape}: give a policy of this "
+            "robot."
+        )
+    return actions[0]
+
+
 @runtime_checkable
 class Planner(Protocol):
     """Chooses all actions of an episode from its start, whatever they then do."""

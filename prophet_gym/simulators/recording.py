@@ -23,10 +23,21 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from prophet_gym.data.episode import ACTION_DIM, CHUNK_SIZE, FPS, FRAME_STRIDE, IMAGE_SIZE, Episode, Planner, Policy
+from prophet_gym.data.episode import (
+    ACTION_DIM,
+    CHUNK_SIZE,
+    FPS,
+    FRAME_STRIDE,
+    IMAGE_SIZE,
+    Episode,
+    Planner,
+    Policy,
+    next_chunk,
+    policy_network,
+)
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord, LeRobotWriter
-from prophet_gym.run_folder import claim, weights_checksum
+from prophet_gym.run_folder import claim, policy_checksum
 from prophet_gym.simulators.experts import NOISE_RECIPES, ActionNoise
 from prophet_gym.simulators.suites import SUITES, Robot, Simulation, Suite
 
@@ -151,9 +162,12 @@ def record(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     root = Path(out)
-    acts = _checksum(policy)
-    claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
     planned = isinstance(policy, Planner)
+    if policy is None:
+        acts = None
+    else:
+        acts = policy.checksum() if isinstance(policy, Planner) else policy_checksum(policy)
+    claim(root, command="record", suite=suite, seed=seed, split=split, video=video, policy=acts, recipe=recipe)
     plans = plan_episodes(
         suite, episodes, seed, policy is not None and not planned, split, "rehearsed" if planned else recipe
     )
@@ -199,19 +213,19 @@ def record_episode(
     noise_rng = np.random.default_rng([plan.seed, 2])
     sigma = noise_rng.uniform(0.0, POLICY_NOISE)
     noises = [ActionNoise(sigma, noise_rng) for _ in range(suite.robot.num_arms)]
-    planner = policy if isinstance(policy, Planner) else None
-    actor = None if isinstance(policy, Planner) else policy
-    if {"policy": actor, "rehearsed": planner}.get(plan.recipe, plan) is None:
+    planner = policy if plan.recipe == "rehearsed" and isinstance(policy, Planner) else None
+    actor = policy if plan.recipe == "policy" and not isinstance(policy, Planner) else None
+    if plan.recipe in ("policy", "rehearsed") and planner is None and actor is None:
         raise ValueError(f"The plan's recipe is {plan.recipe!r}: pass the policy that acts, or the planner.")
     looks = actor is not None and looks_at_image(actor)
     frames, proprio, success = [simulation.render()], [simulation.proprio()], [simulation.is_success()]
-    if plan.recipe == "rehearsed" and planner is not None:
+    if planner is not None:
         start = (simulation.suite, frames[0], proprio[0], simulation.instruction)
         actions[:] = planner.plan(*start, suite.control_steps, plan.seed) * suite.robot.action_mask
     for step in range(suite.control_steps):
         if expert is not None:
             actions[step] = expert.act()
-        elif plan.recipe == "policy" and actor is not None and step % CHUNK_SIZE == 0:
+        elif actor is not None and step % CHUNK_SIZE == 0:
             # Without video nothing was rendered since the first frame, and a policy that looks must see the present.
             image = frames[-1] if video or not looks else simulation.render()
             observation = {
@@ -219,12 +233,8 @@ def record_episode(
                 "proprio": proprio[-1][None],
                 "instruction": embed_instructions([simulation.instruction]),
             }
-            chunk = np.array(actor.predict(observation)[0][0], np.float32)  # its own array is not ours to change
-            if chunk.shape != (CHUNK_SIZE, len(suite.robot.action_mask)):
-                raise ValueError(
-                    f"The policy's actions have shape {chunk.shape}, and {suite.robot.name!r} takes "
-                    f"{(CHUNK_SIZE, len(suite.robot.action_mask))}: give a policy of this robot."
-                )
+            shape = (CHUNK_SIZE, len(suite.robot.action_mask))
+            chunk = next_chunk(actor, observation, shape, repr(suite.robot.name))
             chunk = chunk.reshape(CHUNK_SIZE, -1, ACTION_DIM)
             chunk[..., :6] += [[noise() for noise in noises] for _ in range(CHUNK_SIZE)]
             actions[step : step + CHUNK_SIZE] = chunk.reshape(CHUNK_SIZE, -1).clip(-1.0, 1.0) * suite.robot.action_mask
@@ -251,23 +261,8 @@ def record_episode(
 
 def looks_at_image(policy: Policy) -> bool:
     """Whether a policy uses the picture, as far as its `used_space` says, see `fagrpo.FlowPolicy`."""
-    space = getattr(_network(policy), "used_space", None)
+    space = getattr(policy_network(policy), "used_space", None)
     return not isinstance(space, gym.spaces.Dict) or "image" in space.spaces
-
-
-def _network(policy: Policy | None) -> Any:
-    """The policy itself, also of a Stable-Baselines3 algorithm."""
-    return getattr(policy, "policy", policy)
-
-
-def _checksum(policy: Policy | Planner | None) -> int | str | None:
-    """What tells who acts from another."""
-    if policy is None:
-        return None
-    if isinstance(policy, Planner):
-        return policy.checksum()
-    network = _network(policy)
-    return weights_checksum(network) if isinstance(network, torch.nn.Module) else type(policy).__name__
 
 
 def _clean_actions_elsewhere(

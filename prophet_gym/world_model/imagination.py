@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, without_pictures
-from prophet_gym.data.episode import ACTION_DIM, PROPRIO_DIM, Policy
+from prophet_gym.data.episode import ACTION_DIM, PROPRIO_DIM, Policy, next_chunk
 from prophet_gym.data.instructions import embed_instructions
-from prophet_gym.run_folder import weights_checksum
+from prophet_gym.run_folder import policy_checksum, weights_checksum
 from prophet_gym.training import best_autocast
 from prophet_gym.world_model.action_conditioning import carried_motion, init_hold, update_hold
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -156,10 +156,8 @@ class RehearsedPolicy:
 
     def checksum(self) -> str:
         """What tells it from another one."""
-        pipeline, policy = self.pipeline, getattr(self.policy, "policy", self.policy)
-        parts = (pipeline.vae, pipeline.transformer) if self.video else ()
-        acts = weights_checksum(policy) if isinstance(policy, torch.nn.Module) else type(policy).__name__
-        return f"{acts} in {weights_checksum(pipeline.proprioception, *parts)}"
+        parts = (self.pipeline.vae, self.pipeline.transformer) if self.video else ()
+        return f"{policy_checksum(self.policy)} in {weights_checksum(self.pipeline.proprioception, *parts)}"
 
     @torch.inference_mode()
     def plan(
@@ -187,14 +185,9 @@ class RehearsedPolicy:
         history = pipeline.init_history(start) if self.video else None
         chunks = []
         for _ in range(-(-control_steps // pipeline.chunk_size)):
-            chunk = np.clip(self.policy.predict(observation)[0], -1.0, 1.0).astype(np.float32)
-            if chunk.shape != (1, pipeline.chunk_size, width):
-                raise ValueError(
-                    f"The policy's actions have shape {chunk.shape[1:]}, and {suite} takes "
-                    f"{(pipeline.chunk_size, width)}: give a policy of this robot."
-                )
-            chunks.append(chunk[0])
-            actions = F.pad(torch.from_numpy(chunk), (0, pipeline.action_dim - width))
+            chunk = next_chunk(self.policy, observation, (pipeline.chunk_size, width), suite).clip(-1.0, 1.0)
+            chunks.append(chunk)
+            actions = F.pad(torch.from_numpy(chunk)[None], (0, pipeline.action_dim - width))
             if history is None:
                 poses, state = pipeline.imagine_motion(state, actions, start, [suite])
             else:
