@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from world_model_ablation import Scores, difference, video_scores
 
+from prophet_gym.data.camera import camera_projections
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays, subset
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.data.lerobot_format.schema import write_json
@@ -26,7 +27,7 @@ from prophet_gym.envs.models import load_world_model
 from prophet_gym.world_model import ProphetPipeline
 from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, replay_episodes
-from prophet_gym.world_model.training import camera_projections, train
+from prophet_gym.world_model.training import train
 
 METRICS = ("episode", "last frame", "moving pixels", "end-effector (cm)", "at the end (cm)")
 

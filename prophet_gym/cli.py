@@ -44,9 +44,10 @@ def _record(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from prophet_gym.data.camera import camera_projections
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
-    from prophet_gym.world_model.training import camera_projections, check_preset, train
+    from prophet_gym.world_model.training import check_preset, train
 
     check_preset(arguments.preset, arguments.pretrained)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
@@ -67,11 +68,11 @@ def _adapt(arguments: argparse.Namespace) -> None:
     import copy
     from functools import partial
 
+    from prophet_gym.data.camera import camera_projections
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_world_model
     from prophet_gym.world_model.adaptation import adapt, check_recipe
-    from prophet_gym.world_model.training import camera_projections
 
     check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
@@ -98,6 +99,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     from functools import partial
     from pathlib import Path
 
+    from prophet_gym.data.camera import camera_projections
     from prophet_gym.data.clips import concatenate, load_arrays, without_pictures
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_reward_model, load_world_model
@@ -138,6 +140,7 @@ def _train_reward(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=arguments.device,
         init=init,
+        cameras=camera_projections(datasets + more),
         max_false_success_rate=arguments.max_false_success_rate,
         origin=origin,
     )

@@ -48,6 +48,8 @@ class RedCornerJudge:
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
+        starts: NDArray[np.uint8],
+        suites: Sequence[str],
     ) -> NDArray[np.float32]:
         last = frames[np.arange(len(frames)), lengths - 1, :16, :16].astype(np.float32)
         return np.float32((last[..., 0] - last[..., 1]).mean((1, 2)) > 100)

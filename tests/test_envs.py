@@ -89,9 +89,12 @@ class FakeRewardModel:
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
+        starts: NDArray[np.uint8],
+        suites: Sequence[str],
     ) -> NDArray[np.float32]:
         assert len(frames) == len(lengths) == len(instructions) == len(embeddings) and frames.shape[1] >= lengths.max()
-        assert proprio.shape == (*frames.shape[:2], 8)
+        assert proprio.shape == (*frames.shape[:2], 8) and len(suites) == len(frames)
+        np.testing.assert_array_equal(starts, frames[:, 0])
         last = frames[np.arange(len(frames)), lengths - 1, ::24, ::24].reshape(len(frames), -1).astype(np.int64)
         return np.float32(last.sum(axis=1) % 97 / 97)
 
@@ -233,7 +236,9 @@ def test_without_video_the_motion_alone_is_judged(real: dict[str, Any]) -> None:
         judge = envs.reward_model
         assert isinstance(judge, SuccessClassifier)
         with torch.inference_mode():
-            logits = judge.motion_logits(motion, torch.from_numpy(envs._embeddings))[:, -1]
+            starts = torch.from_numpy(np.stack([start.image for start in envs._starts if start is not None]))
+            projection = judge.projection(["libero_object"] * 3)
+            logits = judge.motion_logits(motion, torch.from_numpy(envs._embeddings), starts, projection)[:, -1]
             expected = judge.motion_probability(logits).numpy()
         np.testing.assert_allclose(infos["success_probability"], expected, atol=1e-6)
 

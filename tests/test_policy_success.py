@@ -37,6 +37,8 @@ class Ramp:
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
+        starts: NDArray[np.uint8],
+        suites: Sequence[str],
     ) -> NDArray[np.float32]:
         first = instructions[0]
         began = 0.25 * np.array([text != first for text in instructions])

@@ -7,6 +7,7 @@ import pytest
 from test_agreement import data  # noqa: F401  (a fixture)
 
 from prophet_gym.cli import PRESETS, RECIPES, main
+from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.world_model import ProphetPipeline, adaptation, imagination, training
 from prophet_gym.world_model.pipeline import ACTION_STREAMS
@@ -86,6 +87,7 @@ def test_a_judge_is_trained_and_evaluated(
     assert main(command) == 0
     judge = SuccessClassifier.from_pretrained(tmp_path / "out" / "reward")
     assert isinstance(judge.threshold, dict) and judge.motion_threshold is not None
+    assert set(judge.config.cameras) == {record.suite for record in EpisodeDataset(data).records}
     assert main([*command, "--seed", "1"]) == 2
     assert "belongs to a run with seed 0, this one has seed 1" in capsys.readouterr().err
     report = ["--reward-model", str(tmp_path / "out" / "reward"), "--report", str(tmp_path / "report")]

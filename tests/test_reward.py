@@ -72,6 +72,82 @@ def episodes(count: int, length: int = 7, seed: int = 0, told_by: str = "frames"
     )
 
 
+FROM_ABOVE = [[100.0, 0.0, 0.0, 48.0], [0.0, 100.0, 0.0, 48.0], [0.0, 0.0, 0.0, 1.0]]
+"""A camera that sees (x, y) at pixel 48 + 100 (x, y), however high."""
+
+
+def with_camera(classifier: SuccessClassifier) -> SuccessClassifier:
+    classifier.register_to_config(cameras={"libero_object": FROM_ABOVE})
+    return classifier
+
+
+def test_the_motion_sees_what_was_there_when_the_episode_began() -> None:
+    """And nothing elsewhere, and nothing where the camera is not known; each arm where it is itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = SuccessClassifier(channels=(4, 8, 8), hidden_dim=8, num_arms=2, cameras={"known": FROM_ABOVE}).eval()
+    proprio = torch.zeros(3, 2, 16)
+    proprio[:, 1, 0], proprio[:, 1, 9] = 0.3, -0.3  # seen at columns 48 and 78, and rows 48 and 18
+    starts = torch.full((3, 96, 96, 3), 128, dtype=torch.uint8)
+    starts[1, 44:52, 74:82] = 255
+    starts[2, 14:22, 44:52] = 255
+    projection = judge.projection(["known"] * 3)
+    with torch.no_grad():
+        gray, first, second = judge.view(starts, proprio, projection).unflatten(2, (2, -1)).unbind()  # (T, K, D)
+        blind = judge.view(starts, proprio, judge.projection(["unknown"] * 3))
+    changed = [
+        [(one[time, arm] != gray[time, arm]).any().item() for arm in (0, 1)]
+        for time in (0, 1)
+        for one in (first, second)
+    ]
+    assert changed == [[False, False], [False, False], [True, False], [False, True]]
+    assert not blind.any()
+
+
+def test_the_height_of_a_hand_does_not_hide_what_is_below_it() -> None:
+    """Through a camera from the side, a thing below the hand is seen elsewhere than the hand."""
+    from_the_side = [[100.0, 0.0, 0.0, 48.0], [0.0, 0.0, -100.0, 48.0], [0.0, 0.0, 0.0, 1.0]]
+    judge = SuccessClassifier.tiny_random()
+    judge.register_to_config(cameras={"side": from_the_side})
+    starts = torch.full((2, 96, 96, 3), 128, dtype=torch.uint8)
+    starts[1, 66:70, 46:50] = 255  # 20 cm below
+    with torch.no_grad():
+        for height, seen in ((0.0, True), (0.6, False)):
+            proprio = torch.zeros(2, 1, 8)
+            proprio[..., 2] = height
+            nothing, thing = judge.view(starts, proprio, judge.projection(["side"] * 2))
+            assert (nothing != thing).any().item() == seen
+
+
+def test_a_judge_learns_where_a_thing_must_be_put(tmp_path: Path) -> None:
+    """Success is the hand's being above what the start frame shows, wherever that is: neither tells it alone."""
+
+    def placed(count: int, seed: int) -> EpisodeArrays:
+        arrays, rng = without_pictures(episodes(count, seed=seed)), np.random.default_rng(seed)
+        hands = rng.uniform(-0.3, 0.3, (count, 2))
+        things = np.where(arrays.success.unflatten(0, (count, -1)).any(1)[:, None], hands, -hands)
+        starts, proprio = np.full((count, 96, 96, 3), 60, np.uint8), arrays.proprio.unflatten(0, (count, -1)).clone()
+        for start, (column, row) in zip(starts, (48 + 100 * things).astype(int), strict=True):
+            start[row - 5 : row + 5, column - 5 : column + 5] = (250, 20, 20)
+        proprio[:, 3:, :2] = torch.from_numpy(hands)[:, None].float()
+        return replace(arrays, proprio=proprio.flatten(0, 1), first_frames=torch.from_numpy(starts))
+
+    train, val, tiny = episodes(16), episodes(12, seed=1), SuccessClassifier.tiny_random()
+    for cameras, learned in (({"libero_object": FROM_ABOVE}, True), (None, False)):
+        judge, _ = train_success_classifier(
+            train, val, tmp_path / str(learned), motion_arrays=placed(256, 2), init=tiny, cameras=cameras, steps=200,
+            batch_size=32, learning_rate=1e-2,
+        )  # fmt: skip
+        assert judge.config.cameras == (cameras or {})
+        others = placed(64, 3)
+        told = torch.from_numpy(embed_instructions(others.instructions)), others.first_frames
+        with torch.no_grad():
+            proprio = others.proprio.unflatten(0, (64, -1))
+            ends = judge.motion_logits(proprio, *told, judge.projection(others.suites))[:, -1] > 0
+        accuracy = (ends == others.success.unflatten(0, (64, -1))[:, -1]).float().mean().item()
+        assert (accuracy > 0.9) == learned
+
+
 def test_score_looks_at_the_start_and_the_valid_end() -> None:
     classifier = SuccessClassifier.tiny_random()
     rng = np.random.default_rng(0)
@@ -79,7 +155,8 @@ def test_score_looks_at_the_start_and_the_valid_end() -> None:
     lengths, embeddings = np.array([1, 4, 6]), rng.normal(size=(3, 384)).astype(np.float32)
 
     def score(frames: np.ndarray, proprio: np.ndarray) -> np.ndarray:
-        return classifier.score(frames, proprio.astype(np.float32), lengths, [INSTRUCTION] * 3, embeddings)
+        told = [INSTRUCTION] * 3, embeddings, frames[:, 0], ["libero_object"] * 3
+        return classifier.score(frames, proprio.astype(np.float32), lengths, *told)
 
     scores = score(frames, proprio)
     assert scores.shape == (3,) and scores.dtype == np.float32 and ((scores >= 0) & (scores <= 1)).all()
@@ -204,17 +281,17 @@ def test_overconfident_logits_are_calibrated_too(size: float) -> None:
 @pytest.mark.parametrize("video", [True, False])
 def test_environments_hear_the_judge_that_was_calibrated(video: bool) -> None:
     """`score` of every length of an episode is the probability that training and calibration see at that frame."""
-    classifier, arrays = SuccessClassifier.tiny_random(), episodes(3, told_by="motion")
+    classifier, arrays = with_camera(SuccessClassifier.tiny_random()), episodes(3, told_by="motion")
     for buffer in ("logit_bias", "motion_bias"):
         classifier.get_buffer(buffer).fill_(0.3)
     logits = frame_logits(classifier, arrays)
     expected = classifier.probability(logits) if video else classifier.motion_probability(logits[:, 1])
     frames, proprio = (value.unflatten(0, (3, -1)).numpy() for value in (arrays.frames, arrays.proprio))
-    embeddings = embed_instructions(arrays.instructions)
+    told = arrays.instructions, embed_instructions(arrays.instructions), arrays.first_frames.numpy(), arrays.suites
     for length in range(1, frames.shape[1] + 1):
         lengths = np.full(3, length)
         given = frames[:, :length] if video else None
-        score = classifier.score(given, proprio[:, :length], lengths, arrays.instructions, embeddings)
+        score = classifier.score(given, proprio[:, :length], lengths, *told)
         np.testing.assert_allclose(score, expected.unflatten(0, (3, -1))[:, length - 1].detach(), atol=1e-5)
 
 

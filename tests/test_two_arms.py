@@ -245,12 +245,13 @@ def test_a_judge_of_two_arms_learns_from_the_second(tmp_path: Path) -> None:
     )
     assert judge.config.num_arms == 2 and metrics["libero_object/motion"]["accuracy"] == 1.0
     with pytest.raises(ValueError, match="proprioception of 16 numbers and got 8"):
-        judge.score(None, np.zeros((1, 3, 8), np.float32), np.array([3]), ["x"], np.zeros((1, 384), np.float32))
+        told = np.array([3]), ["x"], np.zeros((1, 384), np.float32), np.zeros((1, 96, 96, 3), np.uint8), ["x"]
+        judge.score(None, np.zeros((1, 3, 8), np.float32), *told)
 
 
 def test_an_environment_has_the_arms_of_its_suite(pipeline: ProphetPipeline, starts: str, tmp_path: Path) -> None:  # noqa: F811
     class Judge(FakeRewardModel):
-        def score(self, frames, proprio, lengths, instructions, embeddings):  # type: ignore[no-untyped-def]
+        def score(self, frames, proprio, lengths, *told):  # type: ignore[no-untyped-def]
             assert proprio.shape[2] == 16
             return np.zeros(len(lengths), np.float32)
 

@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prophet_gym.data.camera import camera_projection
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, subset, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
 from prophet_gym.training import LossFn, fit
@@ -46,7 +47,7 @@ from prophet_gym.world_model.losses import (
     suite_weights,
 )
 from prophet_gym.world_model.pipeline import ImaginedChunk, frame_condition, frames_to_pixels, pixels_to_frames
-from prophet_gym.world_model.training import camera_projection, check_validation, fit_proprioception, set_robots, train
+from prophet_gym.world_model.training import check_validation, fit_proprioception, set_robots, train
 from prophet_gym.world_model.video_rollouts import VideoModels, VideoRolloutLoss
 
 

@@ -512,21 +512,23 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         """Let the reward model see the episodes of envs ``rows``."""
         lengths = self._lengths[rows]
         chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
+        episodes = self._starts_of(rows)
+        suites = self._suites_of(episodes)
         probability = self.reward_model.score(
             self._clips[chosen, : lengths.max()] if self.video else None,
             self._proprio[chosen, : lengths.max()],
             lengths,
-            [start.instruction for start in self._starts_of(rows)],
+            [start.instruction for start in episodes],
             self._embeddings[rows],
+            self._clips[chosen, 0],
+            suites,
         )
         if np.shape(probability) != rows.shape or not ((probability >= 0) & (probability <= 1)).all():
             raise ValueError(
                 f"The reward model must return {len(rows)} probabilities in [0, 1], one for each env, got {probability}"
             )
         self._probability[rows] = probability
-        self._solved[rows] = self._probability[rows] >= thresholds(
-            self.reward_model, self._suites_of(self._starts_of(rows)), self.video
-        )
+        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, suites, self.video)
 
     def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         array = np.asarray(actions)

@@ -354,11 +354,10 @@ def _judge(
     judge: RewardModel, arrays: EpisodeArrays, clips: NDArray[np.uint8], proprio: torch.Tensor, chunk_frames: int
 ) -> NDArray[np.float64]:
     """Probability at the end of each chunk, per clip (N, T + 1, H, W, 3) and proprioception (N, T + 1, P): (N, C)."""
-    instructions = arrays.instructions
-    embeddings = embed_instructions(instructions)
+    told = arrays.instructions, embed_instructions(arrays.instructions), arrays.first_frames.numpy(), arrays.suites
     poses = proprio.numpy()
     scores = [
-        judge.score(clips[:, :length], poses[:, :length], np.full(len(clips), length), instructions, embeddings)
+        judge.score(clips[:, :length], poses[:, :length], np.full(len(clips), length), *told)
         for length in range(chunk_frames + 1, clips.shape[1] + 1, chunk_frames)
     ]
     return np.stack(scores, axis=1).astype(np.float64)

@@ -29,6 +29,8 @@ class RewardModel(Protocol):
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
+        starts: NDArray[np.uint8],
+        suites: Sequence[str],
     ) -> NDArray[np.float32]:
         """Return the probability that each task stands solved at the end of its rollout so far.
 
@@ -39,6 +41,8 @@ class RewardModel(Protocol):
             lengths: int (B,), at least 1.
             instructions: B sentences.
             embeddings: float32 (B, 384), their embeddings.
+            starts: uint8 (B, H, W, 3), the first frames; also where there are no others.
+            suites: B names, by which the cameras are known.
 
         Returns:
             float32 (B,) in [0, 1]; environments refuse anything else.

@@ -10,11 +10,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from prophet_gym.data.camera import project_points
 from prophet_gym.data.episode import PROPRIO_DIM, finger_openings
 
 FINGER_SCALES = (0.02, 0.002)
 """Openings of the fingers that are one to the network, metres: a hand may be open or closed, and a closed one empty
 (about 1 mm) or round the rim of a bowl (4 mm)."""
+
+VIEW_DEPTHS = (0.0, 0.05, 0.1, 0.2)
+"""How far below a hand it is looked at, metres."""
+VIEW_STEPS, VIEW_STRIDE = 2, 4.0
+"""Around each of these places, steps in each direction and the length of one, pixels of the frame."""
+VIEW_DIM = 32
+"""Numbers in which an arm's view is summed up."""
 
 
 class SequenceWitness(nn.Module):
@@ -39,23 +47,71 @@ class SequenceWitness(nn.Module):
         return logits
 
 
+class StartView(nn.Module):
+    """What stood around each hand, and straight below it, when the episode began.
+
+    Features of the start frame, taken where the camera sees those places: whether a hand opens above the plate or
+    beside it depends on where the plate is, and by its start frame that is known to a fraction of a pixel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Fine, for what counts is a matter of a pixel; and few channels, for the judge looks again at every chunk.
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+        )
+        offsets = torch.arange(-VIEW_STEPS, VIEW_STEPS + 1) * VIEW_STRIDE
+        grid = torch.stack(torch.meshgrid(offsets, offsets, indexing="xy"), dim=-1).flatten(0, 1)
+        self.register_buffer("offsets", grid, persistent=False)
+        self.head = nn.Sequential(nn.Linear(8 * len(VIEW_DEPTHS) * len(grid), VIEW_DIM), nn.SiLU())
+
+    def forward(self, starts: torch.Tensor, proprio: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Look at each time.
+
+        Args:
+            starts: uint8 (B, H, W, 3), the first frames, H and W even.
+            proprio: float (B, T, 8 K). projection: float32 (B, K, 3, 4), the cameras; zeros where it is not known.
+
+        Returns:
+            float (B, T, VIEW_DIM K), arm by arm; zeros where the camera is not known.
+        """
+        batch, arms = projection.shape[:2]
+        features = self.stem(starts.permute(0, 3, 1, 2).to(proprio.dtype).div_(127.5).sub_(1.0))  # a copy
+        hands = proprio.unflatten(-1, (arms, PROPRIO_DIM))[..., :3].movedim(2, 1)  # (B, K, T, 3)
+        below = hands.new_tensor([[0.0, 0.0, depth] for depth in VIEW_DEPTHS])
+        places, _ = project_points((hands[..., None, :] - below).flatten(0, 1), projection.flatten(0, 1))
+        size = torch.tensor([starts.shape[2], starts.shape[1]], device=places.device)
+        grid = 2 * (places[:, :, :, None] + self.offsets) / size - 1  # (B K, T, depths, offsets, 2)
+        # One picture of all that an env's hands see, one time below the other.
+        grid = grid.flatten(2, 3).unflatten(0, (batch, arms)).flatten(1, 2)
+        seen = F.grid_sample(features, grid, align_corners=False)  # (B, 8, K T, depths offsets)
+        seen = self.head(seen.unflatten(2, (arms, -1)).permute(0, 3, 2, 1, 4).flatten(3))  # (B, T, K, VIEW_DIM)
+        return (seen * projection.flatten(2).any(dim=2)[:, None, :, None]).flatten(2)
+
+
 class SuccessClassifier(ModelMixin, ConfigMixin):
     r"""
     Two witnesses, heard apart: convolutions of (start frame, last two frames, instruction), and a recurrent network of
-    (proprioception until now, instruction).
+    (proprioception until now, what the start frame shows there, instruction).
 
     The start frame shows where things were, the last two where they are and whether they still move. The instruction
     modulates the feature maps (FiLM) and selects what to look at. The motion says where the fingers closed, whether
-    something kept them apart, and where they opened again, also when the picture has become vague. Neither learns to
-    rely on the other: each has a loss of its own, and `logit_scale` and `logit_bias` weigh the two logits on held-out
-    data (logistic regression, which is Platt scaling of two scores); `motion_scale` and `motion_bias` do so for the
-    motion where there is no video.
+    something kept them apart, and where they opened again, also when the picture has become vague; the start frame
+    says over what (see :class:`StartView`). Neither learns to rely on the other: each has a loss of its own, and
+    `logit_scale` and `logit_bias` weigh the two logits on held-out data (logistic regression, which is Platt scaling of
+    two scores); `motion_scale` and `motion_bias` do so for the motion where there is no video.
 
     Args:
         channels (`tuple[int, int, int]`, defaults to `(32, 64, 96)`): widths at 1/2, 1/4 and 1/8 of the resolution.
         embedding_dim (`int`, defaults to `384`): size of the instruction embedding.
         num_arms (`int`, defaults to `1`): K; the proprioception has P = 8 K numbers.
         hidden_dim (`int`, defaults to `96`): width of the recurrent network.
+        cameras (`dict[str, list[list[float]]]`, *optional*): for each suite whose camera is known its 3 x 4 matrix, in
+            pixels of the frames; of other suites the motion is heard without what the start frame shows.
         threshold (`float` or `dict[str, float]`, defaults to `0.5`): probability from which an episode counts as
             solved, or that of each suite; chosen on held-out episodes so that few failures pass.
         motion_threshold (`float` or `dict[str, float]`, *optional*): the same where there is no video; None where the
@@ -71,6 +127,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         embedding_dim: int = 384,
         num_arms: int = 1,
         hidden_dim: int = 96,
+        cameras: dict[str, list[list[float]]] | None = None,
         threshold: float | dict[str, float] = 0.5,
         motion_threshold: float | dict[str, float] | None = None,
         balanced_threshold: float | dict[str, float] | None = None,
@@ -86,9 +143,11 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         self.film = nn.Linear(embedding_dim, 2 * (second + third))
         self.attention = nn.Conv2d(third, 4, 1)
         self.head = nn.Sequential(nn.Linear(4 * (third + 2), 128), nn.SiLU(), nn.Linear(128, 1))
-        # The pose, its distance from the first one, and the opening of the fingers on both scales.
+        # The pose, its distance from the first one, the opening of the fingers on both scales, and what is there.
         proprio_dim = PROPRIO_DIM * num_arms
-        self.motion = SequenceWitness(2 * proprio_dim + len(FINGER_SCALES) * num_arms, embedding_dim, hidden_dim)
+        told_dim = 2 * proprio_dim + (len(FINGER_SCALES) + VIEW_DIM) * num_arms
+        self.view = StartView()
+        self.motion = SequenceWitness(told_dim, embedding_dim, hidden_dim)
         # Statistics of the training data and of the calibration; set by training, saved with the weights.
         self.register_buffer("proprio_mean", torch.zeros(proprio_dim))
         self.register_buffer("proprio_std", torch.ones(proprio_dim))
@@ -156,12 +215,22 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         weights = self.attention(hidden).flatten(2).softmax(dim=-1)
         return self.head(torch.einsum("bkn,bcn->bkc", weights, values).flatten(1))[:, 0]
 
-    def motion_logits(self, proprio: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the motion alone, at each time.
+    def projection(self, suites: Sequence[str]) -> torch.Tensor:
+        """The camera of each arm in some episodes, float32 (B, K, 3, 4); zeros where it is not known."""
+        cameras, unknown = self.config.cameras or {}, [[0.0] * 4] * 3
+        projection = torch.tensor([cameras.get(suite, unknown) for suite in suites], device=self.device)
+        return projection[:, None].expand(-1, self.config.num_arms, -1, -1)
+
+    def motion_logits(
+        self, proprio: torch.Tensor, embeddings: torch.Tensor, starts: torch.Tensor, projection: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits of the motion and of what the start frame shows along it, at each time.
 
         Args:
             proprio: float (B, T, P), metres and radians, from the start on.
             embeddings: float (B, embedding_dim).
+            starts: uint8 (B, H, W, 3), the first frames.
+            projection: float32 (B, K, 3, 4), see `projection`.
 
         Returns:
             float (B, T); each depends on nothing later.
@@ -176,7 +245,8 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
             )
         poses = (proprio - self.proprio_mean) / self.proprio_std
         opening = (finger_openings(proprio)[..., None] / proprio.new_tensor(FINGER_SCALES)).flatten(-2)
-        motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0)], dim=-1)
+        seen = self.view(starts, proprio, projection)
+        motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0), seen], dim=-1)
         logits: torch.Tensor = self.motion(motion, embeddings)
         return logits
 
@@ -196,11 +266,13 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         lengths: NDArray[np.int64],
         instructions: Sequence[str],
         embeddings: NDArray[np.float32],
+        starts: NDArray[np.uint8],
+        suites: Sequence[str],
     ) -> NDArray[np.float32]:
         """Calibrated success probabilities, see `RewardModel.score`."""
         rows = np.arange(len(lengths))
-        motion, task = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings))
-        moved = self.motion_logits(motion, task)[rows, lengths - 1]
+        motion, task, first = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings, starts))
+        moved = self.motion_logits(motion, task, first, self.projection(suites))[rows, lengths - 1]
         if frames is None:
             probability = self.motion_probability(moved)
         else:

@@ -36,6 +36,7 @@ def train_success_classifier(
     seed: int = 0,
     device: str = "cpu",
     init: SuccessClassifier | None = None,
+    cameras: dict[str, list[list[float]]] | None = None,
     max_false_success_rate: float = 0.05,
     origin: dict[str, Any] | None = None,
 ) -> tuple[SuccessClassifier, dict[str, dict[str, float]]]:
@@ -47,6 +48,7 @@ def train_success_classifier(
         motion_arrays: episodes from which the motion learns, and only the motion; None: `train_arrays`.
         steps, batch_size, learning_rate, seed, device: of the training.
         init: a classifier to begin from, which stays as it is; None begins from random weights.
+        cameras: camera matrix of each suite whose camera is known, see `SuccessClassifier`; they join those of `init`.
         max_false_success_rate: share, in [0, 1), of a suite's failed validation episodes that its threshold lets pass
             at most: false successes are what RL exploits.
         origin: where the episodes come from, as JSON can hold it, if their checksums are not to tell whether a folder
@@ -77,6 +79,7 @@ def train_success_classifier(
         learning_rate=learning_rate,
         seed=seed,
         init=None if init is None else weights_checksum(init),
+        cameras=cameras,
         max_false_success_rate=max_false_success_rate,
         **origin,
     )
@@ -93,6 +96,7 @@ def train_success_classifier(
             classifier = SuccessClassifier(num_arms=motion_arrays.num_arms)
             classifier.proprio_mean.copy_(motion_arrays.proprio.mean(0))
             classifier.proprio_std.copy_(motion_arrays.proprio.std(0).clamp(min=0.01))
+        classifier.register_to_config(cameras=(classifier.config.cameras or {}) | (cameras or {}))
         classifier.to(device)
     loss_fn = classification_loss(classifier, train_arrays, motion_arrays, batch_size)
     fit("success_classifier", classifier, loss_fn, out, steps=steps, learning_rate=learning_rate, seed=seed)
@@ -132,9 +136,10 @@ def classification_loss(
 
     Frames: half solved ones, a quarter from the ends of episodes that failed, a quarter any. Brightness, noise and blur
     are varied, so that a decoder's artefacts do not decide. Motion: all times of as many episodes of `motion`, whose
-    poses are shifted a little.
+    poses and brightness are shifted a little.
     """
     embeddings, motion_embeddings = _embeddings(arrays), _embeddings(motion)
+    projection = classifier.projection(motion.suites)
     episode = arrays.episode_of_row
     first = arrays.starts[episode]
     solved, ends = arrays.success.nonzero()[:, 0], _failed_ends(arrays)
@@ -156,7 +161,12 @@ def classification_loss(
         times, inside = _times(motion, chosen)
         shift = 0.03 * torch.randn(batch_size, 1, motion.proprio.shape[1], generator=generator)
         proprio = motion.proprio[times].to(classifier.device) + shift.to(classifier.device) * classifier.proprio_std
-        moved = classifier.motion_logits(proprio, motion_embeddings[chosen].to(classifier.device))[inside]
+        moved = classifier.motion_logits(
+            proprio,
+            motion_embeddings[chosen].to(classifier.device),
+            _brighter(motion.first_frames[chosen], generator).to(classifier.device),
+            projection[chosen],
+        )[inside]
         solved_then = motion.success[times][inside].float().to(classifier.device)
         moved_loss = F.binary_cross_entropy_with_logits(moved, solved_then)
         return seen_loss + moved_loss, {
@@ -197,6 +207,12 @@ def _augment(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (gain * pixels + noise).clamp(0, 255).to(torch.uint8)
 
 
+def _brighter(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Vary the brightness of each frame, uint8 (B, H, W, 3), same out."""
+    shift = 12.0 * torch.randn(len(frames), 1, 1, 1, generator=generator)
+    return (frames + shift).clamp(0, 255).to(torch.uint8)
+
+
 def _times(arrays: EpisodeArrays, episodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of whole episodes (B,), the shorter ones repeating their last: int64 (B, T), and which are no repetition."""
     steps = torch.arange(int(arrays.lengths[episodes].max()))
@@ -213,7 +229,7 @@ def _clips(arrays: EpisodeArrays, rows: torch.Tensor, first: torch.Tensor) -> to
 def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_size: int = 128) -> torch.Tensor:
     """Logits of both witnesses at every frame, with its predecessor, its episode's start and the motion until then:
     float (N, 2)."""
-    embeddings, device = _embeddings(arrays), classifier.device
+    embeddings, device, projection = _embeddings(arrays), classifier.device, classifier.projection(arrays.suites)
     episode = arrays.episode_of_row
     first = arrays.starts[episode]
     logits = torch.empty(len(episode), 2)
@@ -222,7 +238,12 @@ def frame_logits(classifier: SuccessClassifier, arrays: EpisodeArrays, batch_siz
         logits[rows, 0] = classifier(clips, embeddings[episode[rows]].to(device)).cpu()
     for chosen in torch.arange(len(arrays.starts)).split(batch_size):
         times, inside = _times(arrays, chosen)
-        moved = classifier.motion_logits(arrays.proprio[times].to(device), embeddings[chosen].to(device))
+        moved = classifier.motion_logits(
+            arrays.proprio[times].to(device),
+            embeddings[chosen].to(device),
+            arrays.first_frames[chosen].to(device),
+            projection[chosen],
+        )
         logits[times[inside], 1] = moved.cpu()[inside]
     return logits
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from prophet_gym.data.camera import project_points
 from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM, finger_openings
 
 GRIPPER_AXIS_LENGTH = 0.08
@@ -87,7 +88,7 @@ def draw_action_frames(proprio: torch.Tensor, projection: torch.Tensor, image_si
     end = torch.stack(
         [position - GRIPPER_AXIS_LENGTH * approach, position + tips[..., 1, :], position + 0.03 * along_palm], dim=-2
     )
-    begin, end = _project(begin, projection)[0], _project(end, projection)[0]  # (B K, F, 3 lines, 2), pixels
+    begin, end = (project_points(points, projection)[0] for points in (begin, end))  # (B K, F, 3 lines, 2), pixels
 
     # Distance of every pixel centre from each line segment; rows (B K, F, 3, H, 1), columns (B K, F, 3, 1, W) apart.
     centres = torch.arange(1, image_size, 2, device=proprio.device, dtype=proprio.dtype)
@@ -148,7 +149,8 @@ def image_motion(before: torch.Tensor, after: torch.Tensor, projection: torch.Te
         float32 (B, F, 3): what is seen at pixel p (column, row) was at `scale * p + offset`, as (offset, scale); no
         motion, (0, 0, 1), where the camera is not known.
     """
-    (before, depth), (after, depth_after) = (_project(points[:, :, None], projection) for points in (before, after))
+    before, depth = project_points(before[:, :, None], projection)
+    after, depth_after = project_points(after[:, :, None], projection)
     scale = (depth_after / depth).clamp(0.5, 2.0)
     motion = torch.cat([before - scale * after, scale], dim=-1)[:, :, 0]
     known = projection.any(dim=2).any(dim=1)[:, None, None]
@@ -214,7 +216,7 @@ def look_around(images: torch.Tensor, proprio: torch.Tensor, projection: torch.T
     num_arms = projection.shape[1]
     known = projection.flatten(2).any(dim=2)[:, None, :, None, None]  # (B, 1, K, 1, 1)
     position = per_arm(proprio, num_arms)[:, None, None, :3]
-    centre = _project(position, projection.flatten(0, 1))[0][:, 0, 0]  # (B K, 2)
+    centre = project_points(position, projection.flatten(0, 1))[0][:, 0, 0]  # (B K, 2)
     offsets = torch.arange(size, device=images.device) - (size - 1) / 2
     columns = (centre[:, :1] + offsets)[:, None].expand(-1, size, -1)
     rows = (centre[:, 1:] + offsets)[:, :, None].expand(-1, -1, size)
@@ -223,11 +225,3 @@ def look_around(images: torch.Tensor, proprio: torch.Tensor, projection: torch.T
     grid = grid.unflatten(0, (-1, num_arms)).flatten(1, 2)  # one picture of all crops, one below the other
     crops = F.grid_sample(images, grid.to(images.dtype), align_corners=False).unflatten(2, (num_arms, size))
     return (crops * known).movedim(2, 1).flatten(1, 2)
-
-
-def _project(points: torch.Tensor, projection: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel coordinates (B, F, L, 2) of world points (B, F, L, 3) seen by cameras (B, 3, 4); depth (B, F, L, 1), m."""
-    # No matrix product: autocast would round it to a quarter of a pixel.
-    homogeneous = (projection[:, None, None, :, :3] * points[..., None, :]).sum(-1) + projection[:, None, None, :, 3]
-    depth = homogeneous[..., 2:].clamp(min=1e-3)
-    return homogeneous[..., :2] / depth, depth

@@ -3,21 +3,17 @@ stage can be resumed."""
 
 import logging
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imageio
-import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
-from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays
-from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.run_folder import claim
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -124,30 +120,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-
-
-def camera_projection(intrinsics: NDArray[np.float64], extrinsics: NDArray[np.float64]) -> list[list[float]]:
-    """Camera matrix 3 x 4, in pixels, of intrinsics (3, 3) and camera-to-world extrinsics (4, 4)."""
-    projection: list[list[float]] = (intrinsics @ np.linalg.inv(extrinsics)[:3]).tolist()
-    return projection
-
-
-def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[list[float]]]:
-    """The camera matrix of every suite of these data sets that has a camera.
-
-    Raises:
-        ValueError: two data sets of one suite were recorded with different cameras.
-    """
-    projections: dict[str, list[list[float]]] = {}
-    for dataset in datasets:
-        for suite in {record.suite for record in dataset.records}:
-            try:
-                projection = camera_projection(*dataset.camera(suite))
-            except KeyError:  # recorded without one
-                continue
-            if not np.allclose(projections.setdefault(suite, projection), projection, atol=1e-3):
-                raise ValueError(f"{suite} was recorded with different cameras: train on data sets of one camera each.")
-    return projections
 
 
 def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
