@@ -135,8 +135,8 @@ def test_a_judge_learns_where_a_thing_must_be_put(tmp_path: Path) -> None:
     train, val, tiny = episodes(16), episodes(12, seed=1), SuccessClassifier.tiny_random()
     for cameras, learned in (({"libero_object": FROM_ABOVE}, True), (None, False)):
         judge, _ = train_success_classifier(
-            train, val, tmp_path / str(learned), motion_arrays=placed(256, 2), init=tiny, cameras=cameras, steps=200,
-            batch_size=32, learning_rate=1e-2,
+            train, val, tmp_path / str(learned), motion_arrays=placed(256, 2), init=tiny, cameras=cameras, steps=150,
+            batch_size=16, learning_rate=1e-2,
         )  # fmt: skip
         assert judge.config.cameras == (cameras or {})
         others = placed(64, 3)
