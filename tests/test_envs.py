@@ -1059,6 +1059,17 @@ def test_weights_of_another_version_are_refused(starts: str, saved: dict[str, An
         ProphetEnv(start_states=starts, **{**saved, "world_model": str(tmp_path / "old")})
 
 
+def test_a_judge_of_another_version_is_refused(starts: str, saved: dict[str, Any], tmp_path: Path) -> None:
+    SuccessClassifier.from_pretrained(saved["reward_model"]).save_pretrained(tmp_path / "old")
+    (file,) = (tmp_path / "old").glob("*.safetensors")
+    weights = load_file(file)
+    first = "motion.sequence_in.0.weight"
+    weights[first] = weights[first][:, :18].contiguous()  # without a view
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"judge in .*old does not fit: it was saved by another version"):
+        ProphetEnv(start_states=starts, **{**saved, "reward_model": str(tmp_path / "old")})
+
+
 def test_a_folder_without_a_model(starts: str, saved: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is not a saved world model: it lacks model_index\.json"):
         ProphetEnv(start_states=starts, **{**saved, "world_model": str(tmp_path)})

@@ -174,7 +174,12 @@ def _load_reward_model(path: Path, modified_ns: int, device: str) -> "SuccessCla
     from prophet_gym.reward.success_classifier import SuccessClassifier
 
     _check_weights(path)
-    model = SuccessClassifier.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
+    try:
+        model = SuccessClassifier.from_pretrained(path, use_safetensors=True, local_files_only=True).to(device).eval()
+    except ValueError as error:
+        raise ValueError(
+            f"The judge in {path} does not fit: it was saved by another version. Train it again ({error})."
+        ) from error
     torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     return model
 
