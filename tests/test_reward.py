@@ -76,11 +76,6 @@ FROM_ABOVE = [[100.0, 0.0, 0.0, 48.0], [0.0, 100.0, 0.0, 48.0], [0.0, 0.0, 0.0, 
 """A camera that sees (x, y) at pixel 48 + 100 (x, y), however high."""
 
 
-def with_camera(classifier: SuccessClassifier) -> SuccessClassifier:
-    classifier.register_to_config(cameras={"libero_object": FROM_ABOVE})
-    return classifier
-
-
 def test_the_motion_sees_what_was_there_when_the_episode_began() -> None:
     """And nothing elsewhere, and nothing where the camera is not known; each arm where it is itself."""
     with torch.random.fork_rng():
@@ -281,7 +276,8 @@ def test_overconfident_logits_are_calibrated_too(size: float) -> None:
 @pytest.mark.parametrize("video", [True, False])
 def test_environments_hear_the_judge_that_was_calibrated(video: bool) -> None:
     """`score` of every length of an episode is the probability that training and calibration see at that frame."""
-    classifier, arrays = with_camera(SuccessClassifier.tiny_random()), episodes(3, told_by="motion")
+    classifier, arrays = SuccessClassifier.tiny_random(), episodes(3, told_by="motion")
+    classifier.register_to_config(cameras={"libero_object": FROM_ABOVE})
     for buffer in ("logit_bias", "motion_bias"):
         classifier.get_buffer(buffer).fill_(0.3)
     logits = frame_logits(classifier, arrays)

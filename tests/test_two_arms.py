@@ -18,20 +18,18 @@ from test_world_model import CAMERA, episodes, twice
 
 from fagrpo.cli import load_demonstrations
 from prophet_gym.data.clips import EpisodeArrays, concatenate, load_arrays
-from prophet_gym.data.episode import finger_openings
+from prophet_gym.data.episode import all_arms, finger_openings, per_arm
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.start_states import load_start_states, write_start_states
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.reward.training import train_success_classifier
 from prophet_gym.world_model import ProphetAutoencoder, ProphetCosmosTransformer3DModel, ProphetPipeline
 from prophet_gym.world_model.action_conditioning import (
-    all_arms,
     carried_motion,
     carry,
     draw_action_frames,
     init_hold,
     look_around,
-    per_arm,
     update_hold,
 )
 from prophet_gym.world_model.losses import ProprioceptionLoss

@@ -1,12 +1,14 @@
 """Pinhole cameras: from a data set's intrinsics and extrinsics to where points of the world are seen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prophet_gym.data.lerobot_format import EpisodeDataset
+if TYPE_CHECKING:
+    from prophet_gym.data.lerobot_format import EpisodeDataset
 
 
 def camera_projection(intrinsics: NDArray[np.float64], extrinsics: NDArray[np.float64]) -> list[list[float]]:
@@ -15,7 +17,7 @@ def camera_projection(intrinsics: NDArray[np.float64], extrinsics: NDArray[np.fl
     return projection
 
 
-def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[list[float]]]:
+def camera_projections(datasets: Sequence["EpisodeDataset"]) -> dict[str, list[list[float]]]:
     """The camera matrix of every suite of these data sets that has a camera.
 
     Raises:
@@ -31,6 +33,12 @@ def camera_projections(datasets: Sequence[EpisodeDataset]) -> dict[str, list[lis
             if not np.allclose(projections.setdefault(suite, projection), projection, atol=1e-3):
                 raise ValueError(f"{suite} was recorded with different cameras: train on data sets of one camera each.")
     return projections
+
+
+def projections_of(cameras: Mapping[str, list[list[float]]], suites: Sequence[str]) -> torch.Tensor:
+    """The camera matrices of some episodes, float32 (B, 3, 4); zeros where a suite's is not among `cameras`."""
+    unknown = [[0.0] * 4] * 3
+    return torch.tensor([cameras.get(suite, unknown) for suite in suites])
 
 
 def project_points(points: torch.Tensor, projection: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

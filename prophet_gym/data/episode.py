@@ -2,10 +2,13 @@
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 SPLITS = {"train": range(0, 40), "val": range(40, 45), "test": range(45, 50)}
 """LIBERO's official initial states of each task, by split; nothing is reported on train, nothing is tuned on test."""
@@ -225,6 +228,16 @@ class Episode:
 def finger_openings(proprio: Any) -> Any:
     """Distance of each arm's finger tips, metres: (..., K) of proprioception (..., 8 K), array or tensor."""
     return proprio[..., PROPRIO_DIM - 2 :: PROPRIO_DIM] - proprio[..., PROPRIO_DIM - 1 :: PROPRIO_DIM]
+
+
+def per_arm(values: "torch.Tensor", num_arms: int) -> "torch.Tensor":
+    """Values of all arms (B, ..., n K), arm by arm: (B K, ..., n)."""
+    return values.unflatten(-1, (num_arms, -1)).movedim(-2, 1).flatten(0, 1)
+
+
+def all_arms(values: "torch.Tensor", num_arms: int) -> "torch.Tensor":
+    """The inverse of `per_arm`: (B K, ..., n) to (B, ..., n K)."""
+    return values.unflatten(0, (-1, num_arms)).movedim(1, -2).flatten(-2)
 
 
 def to_upright(frames: NDArray[np.uint8], orientation: str) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, load_arrays, subset
-from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM
+from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM, per_arm
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.envs.models import resolve_models
@@ -24,7 +24,7 @@ from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
 from prophet_gym.reward.base import RewardModel, balanced_thresholds, thresholds
 from prophet_gym.reward.training import choose_threshold, episode_metrics
-from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels, pixels_to_frames
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from prophet_gym.data.camera import project_points
-from prophet_gym.data.episode import PROPRIO_DIM, finger_openings
+from prophet_gym.data.camera import project_points, projections_of
+from prophet_gym.data.episode import PROPRIO_DIM, finger_openings, per_arm
 
 FINGER_SCALES = (0.02, 0.002)
 """Openings of the fingers that are one to the network, metres: a hand may be open or closed, and a closed one empty
@@ -81,9 +81,9 @@ class StartView(nn.Module):
         """
         batch, arms = projection.shape[:2]
         features = self.stem(starts.permute(0, 3, 1, 2).to(proprio.dtype).div_(127.5).sub_(1.0))  # a copy
-        hands = proprio.unflatten(-1, (arms, PROPRIO_DIM))[..., :3].movedim(2, 1)  # (B, K, T, 3)
+        hands = per_arm(proprio, arms)[..., :3]  # (B K, T, 3)
         below = hands.new_tensor([[0.0, 0.0, depth] for depth in VIEW_DEPTHS])
-        places, _ = project_points((hands[..., None, :] - below).flatten(0, 1), projection.flatten(0, 1))
+        places, _ = project_points(hands[:, :, None] - below, projection.flatten(0, 1))
         size = torch.tensor([starts.shape[2], starts.shape[1]], device=places.device)
         grid = 2 * (places[:, :, :, None] + self.offsets) / size - 1  # (B K, T, depths, offsets, 2)
         # One picture of all that an env's hands see, one time below the other.
@@ -217,8 +217,7 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
 
     def projection(self, suites: Sequence[str]) -> torch.Tensor:
         """The camera of each arm in some episodes, float32 (B, K, 3, 4); zeros where it is not known."""
-        cameras, unknown = self.config.cameras or {}, [[0.0] * 4] * 3
-        projection = torch.tensor([cameras.get(suite, unknown) for suite in suites], device=self.device)
+        projection = projections_of(self.config.cameras or {}, suites).to(self.device)
         return projection[:, None].expand(-1, self.config.num_arms, -1, -1)
 
     def motion_logits(

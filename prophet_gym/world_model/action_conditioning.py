@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prophet_gym.data.camera import project_points
-from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM, finger_openings
+from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM, all_arms, finger_openings, per_arm
 
 GRIPPER_AXIS_LENGTH = 0.08
 """Length of the drawn approach axis, metres."""
@@ -20,16 +20,6 @@ HOLD_DIM = 7
 """Numbers in a hold, see `init_hold`, for each arm."""
 OPEN_WIDTH = 0.075
 """Distance of the finger tips, metres, from which the fingers are open: nothing that fits between them is as wide."""
-
-
-def per_arm(values: torch.Tensor, num_arms: int) -> torch.Tensor:
-    """Values of all arms (B, ..., n K), arm by arm: (B K, ..., n)."""
-    return values.unflatten(-1, (num_arms, -1)).movedim(-2, 1).flatten(0, 1)
-
-
-def all_arms(values: torch.Tensor, num_arms: int) -> torch.Tensor:
-    """The inverse of `per_arm`: (B K, ..., n) to (B, ..., n K)."""
-    return values.unflatten(0, (-1, num_arms)).movedim(1, -2).flatten(-2)
 
 
 class FrameActionEmbedding(nn.Module):

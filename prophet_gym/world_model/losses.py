@@ -5,9 +5,9 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch.nn import functional as F
 
 from prophet_gym.data.clips import ClipSampler, EpisodeArrays, episode_folds
-from prophet_gym.data.episode import finger_openings
+from prophet_gym.data.episode import finger_openings, per_arm
 from prophet_gym.training import LossFn
-from prophet_gym.world_model.action_conditioning import carry, draw_action_frames, per_arm
+from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
 from prophet_gym.world_model.imagination import hand_motions, track_holds
 from prophet_gym.world_model.pipeline import ProphetPipeline, frames_to_pixels

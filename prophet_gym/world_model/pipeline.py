@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
+from prophet_gym.data.camera import projections_of
 from prophet_gym.world_model.action_conditioning import (
     HOLD_DIM,
     carried_motion,
@@ -513,8 +514,7 @@ class ProphetPipeline(DiffusionPipeline):
         """The camera of each arm in some episodes, float32 (B, K, 3, 4); zeros where it is not known or not used, or
         where the robot has no such arm."""
         cameras = {} if self.config.action_streams == "scalars" else self.config.cameras
-        unknown = [[0.0] * 4] * 3
-        projection = torch.tensor([cameras.get(suite, unknown) for suite in suites])
+        projection = projections_of(cameras, suites)
         return projection[:, None] * self.proprioception.arm_mask.cpu()[self.robot(suites), :, None, None]
 
     def robot(self, suites: Sequence[str]) -> torch.Tensor:
