@@ -44,17 +44,6 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.actions)
 
-    def rows(self, index: np.ndarray) -> "Demonstrations":
-        """Some of the rows, in the given order."""
-        observations: Observations
-        if isinstance(self.observations, dict):
-            observations = {key: value[index] for key, value in self.observations.items()}
-        else:
-            observations = self.observations[index]
-        return replace(
-            self, observations=observations, actions=self.actions[index], episode_ids=self.episode_ids[index]
-        )
-
     def split(self, validation_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices for training and validation, whole episodes each (at least one episode for validation).
 

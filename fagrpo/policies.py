@@ -125,10 +125,8 @@ class FlowPolicy(BasePolicy):
         low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
         self.register_buffer("action_mean", (low + high) / 2)
         self.register_buffer("action_std", ((high - low) / 2).clamp(min=1e-6))
-        self.register_buffer("deterministic_noise", torch.zeros(self.action_shape))
         self.action_mean: Tensor
         self.action_std: Tensor
-        self.deterministic_noise: Tensor
         # Learning rates are set by the algorithm before each update.
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1.0), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
@@ -254,7 +252,8 @@ class FlowPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         context = self.encode(observation)
         shape = (len(context), *self.action_shape)
-        noise = self.deterministic_noise.expand(shape) if deterministic else torch.randn(shape, device=context.device)
+        # Deterministic: from the middle of the noise, the likeliest one.
+        noise = (torch.zeros if deterministic else torch.randn)(shape, device=context.device)
         chain = sample_chain(
             lambda x, t: self.velocity(x, t, context), noise, self.num_flow_steps, 0.0, shift=self.time_shift
         )
