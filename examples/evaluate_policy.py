@@ -12,11 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fagrpo import FlowPolicy
 from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import checkpoint_path
+from prophet_gym.envs.start_states import load_start_states
 from prophet_gym.evaluation.policy_success import (
     evaluate_expert,
     evaluate_in_libero,
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
     parser.add_argument("--world-model", help="of Prophet: name or folder")
     parser.add_argument("--reward-model", help="of Prophet: name or folder")
+    parser.add_argument("--start-states", help="of Prophet: table of starts of your own")
     parser.add_argument("--no-video", action="store_true", help="Prophet's motion alone, for policies without an image")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--split", choices=("val", "test"), default="val")
@@ -50,17 +53,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="append the outcome of every episode to this file")
     arguments = parser.parse_args()
-    given = {"world_model": arguments.world_model, "reward_model": arguments.reward_model}
-    options = {name: value for name, value in given.items() if value is not None}
+    names = ("world_model", "reward_model", "start_states")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.no_video:
         options["video"] = False
     if options and (arguments.simulator != "prophet" or arguments.policy == "expert"):
-        parser.error("--world-model, --reward-model and --no-video belong to Prophet: leave them out here.")
+        parser.error(
+            "--world-model, --reward-model, --start-states and --no-video belong to Prophet: leave them out here."
+        )
 
     torch.manual_seed(arguments.seed)
     if arguments.repeats is None:  # a deterministic policy does the same again
         arguments.repeats = 1 if arguments.deterministic else 2
     starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
+    if arguments.start_states:
+        table = load_start_states(arguments.start_states)
+        starts = np.repeat(table.pairs(arguments.suite, arguments.split), arguments.repeats, axis=0)
     if arguments.policy == "expert":
         scripted = [suite for suite in EXPERT_TASKS if "clean" in SUITES[suite].recipes]  # in libero_90 they only play
         if arguments.suite not in scripted:

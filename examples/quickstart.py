@@ -31,7 +31,7 @@ import prophet_gym  # noqa: F401  (registers the environments)
 from fagrpo import FAGRPO, FlowPolicy
 from prophet_gym.data.episode import SPLITS
 from prophet_gym.data.lerobot_format.schema import write_json
-from prophet_gym.envs.models import WEIGHTS
+from prophet_gym.envs.models import checkpoint_path
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
 from prophet_gym.simulators.libero import task_names
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=4.0, help="of post-training")
     parser.add_argument("--suite", default="libero_object", help="libero_object or libero_spatial")
-    parser.add_argument("--policy", default=str(WEIGHTS / "flow-policy-libero-40"))
+    parser.add_argument("--policy", default="flow-policy-libero-40", help="name of a shipped one, or folder")
     parser.add_argument("--num-envs", type=int, default=256, help="groups of 8 share a start")
     parser.add_argument("--learning-rate", type=float, default=8e-5)
     parser.add_argument("--video", action="store_true", help="train with video, for policies that look: far slower")
@@ -87,7 +87,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
 
-    policy = FlowPolicy.from_safetensors(arguments.policy)
+    policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
     if not arguments.video and isinstance(policy.used_space, gym.spaces.Dict) and "image" in policy.used_space.spaces:
         parser.error(f"{arguments.policy} looks at images: add --video")
     starts = starts_of(range(10), SPLITS["val"], arguments.repeats)

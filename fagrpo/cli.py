@@ -160,9 +160,11 @@ def make_vec_env(env_id: str, num_envs: int, frame_stack: int, env_kwargs: dict[
 
 def train(arguments: argparse.Namespace) -> int:
     """FA-GRPO from a cloned policy; resumes from the newest checkpoint in ``--out``."""
+    from prophet_gym.envs.models import checkpoint_path
     from prophet_gym.run_folder import claim, weights_checksum
 
-    given = {name: getattr(arguments, name) for name in ("suite", "dtype", "world_model", "reward_model")}
+    names = ("suite", "max_chunks", "dtype", "world_model", "reward_model", "start_states")
+    given = {name: getattr(arguments, name) for name in names}
     env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
         env_kwargs["video"] = False
@@ -186,7 +188,7 @@ def train(arguments: argparse.Namespace) -> int:
         "ema_decay": arguments.ema_decay,
         "seed": arguments.seed,
     }
-    policy = FlowPolicy.from_safetensors(arguments.policy)
+    policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
     run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
@@ -216,14 +218,16 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def average(arguments: argparse.Namespace) -> int:
-    """Average the weights of policies, each a folder or a checkpoint."""
+    """Average the weights of policies, each a folder, a shipped one's name or a checkpoint."""
+    from prophet_gym.envs.models import checkpoint_path
+
     policies = []
-    for path in arguments.policies:
-        if path.suffix == ".zip":
-            model = FAGRPO.load(path, device="cpu")
+    for policy in arguments.policies:
+        if policy.endswith(".zip"):
+            model = FAGRPO.load(policy, device="cpu")
             policies.append(model.average_policy or model.policy)
         else:
-            policies.append(FlowPolicy.from_safetensors(path))
+            policies.append(FlowPolicy.from_safetensors(checkpoint_path(policy)))
     average_policies(policies).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     return 0
@@ -257,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     clone.add_argument("--batch-size", type=positive_int, default=64, help="chunks of an optimiser step")
     clone.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
     clone.add_argument("--num-flow-steps", type=positive_int, default=10, help="from noise to an action")
-    clone.add_argument("--frame-stack", type=positive_int, default=1, help="observations per input")
+    clone.add_argument("--frame-stack", type=positive_int, default=1, help="observations per input, for `train` alone")
     clone.add_argument("--blind", action="store_true", help="leave the image out (control)")
     clone.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
     clone.add_argument("--seed", type=int, default=0, help="of weights and batches")
@@ -265,11 +269,13 @@ def build_parser() -> argparse.ArgumentParser:
     clone.set_defaults(run=sft)
 
     learn = commands.add_parser("train", help="post-train a policy with FA-GRPO", formatter_class=formatter)
-    learn.add_argument("policy", type=Path, help="folder written by `fagrpo sft`")
+    learn.add_argument("policy", help="folder written by `fagrpo sft`, or name of a shipped policy")
     learn.add_argument("--env", default="prophet_gym:Prophet-LIBERO-v0", help="Gymnasium id, or module:id")
     learn.add_argument("--out", type=Path, required=True, help="folder for checkpoints, TensorBoard and the policy")
     learn.add_argument("--suite", help="argument of the environment")
     learn.add_argument("--task", help="argument of the environment")
+    learn.add_argument("--max-chunks", type=positive_int, help="argument of the environment: steps of an episode")
+    learn.add_argument("--start-states", help="argument of Prophet's environments: table of starts of your own")
     learn.add_argument("--world-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--reward-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
@@ -308,7 +314,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="average the weights of policies that were post-trained from one: of seeds, or of checkpoints, their "
         "moving averages where they have them",
     )
-    mean.add_argument("policies", type=Path, nargs="+", help="folders written by `fagrpo train`, or its checkpoints")
+    mean.add_argument(
+        "policies", nargs="+", help="folders written by `fagrpo train`, its checkpoints, or shipped names"
+    )
     mean.add_argument("--out", type=Path, required=True, help="folder for the policy")
     mean.set_defaults(run=average)
     return parser

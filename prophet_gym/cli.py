@@ -199,7 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
     record.add_argument("--episodes", type=positive_int, default=500, help="of all tasks in turn")
     record.add_argument("--out", required=True, help="folder of the data set; the same command resumes a killed run")
     record.add_argument("--seed", type=int, default=0, help="of the whole recording")
-    record.add_argument("--workers", type=positive_int, default=None, help="processes; without it one for each core")
+    record.add_argument(
+        "--workers", type=positive_int, default=None, help="processes, of up to 2.5 GB; without it one for each core"
+    )
     record.add_argument(
         "--policy",
         default=None,

@@ -341,6 +341,15 @@ def test_a_suite_that_the_world_model_was_not_trained_on_warns(starts: str) -> N
         envs.reset(options={"suite": "libero_spatial"})
 
 
+def test_a_suite_that_the_judge_was_not_calibrated_on_warns(fake: dict[str, Any]) -> None:
+    judge = FakeRewardModel({"libero_object": 2.0})  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs = ProphetVectorEnv(**fake | {"suite": "libero_object", "reward_model": judge})
+    with pytest.warns(UserWarning, match=r"The judge knows \['libero_object'\] and not 'libero_spatial'"):
+        envs.reset(options={"suite": "libero_spatial"})
+
+
 def test_what_is_seen_is_what_the_world_model_replays(starts: str) -> None:
     """Two suites with cameras and robots of their own, two sampling steps: each env as the pipeline by itself."""
     world = ProphetPipeline.tiny_random(robots=2)
@@ -679,6 +688,7 @@ def test_equals_dummy_vec_env(fake: dict[str, Any]) -> None:
         venv.set_attr("label", "a", indices=[1, 2])
     for name in ("render_mode", "action_space", "observation_space"):
         assert ours.get_attr(name) == dummy.get_attr(name)
+    assert ours.metadata == dummy.metadata and ours.metadata["render_fps"] == 2.5
     assert ours.get_attr("label", [1, 2]) == dummy.get_attr("label", [1, 2]) == ["a", "a"]
     assert not ours.has_attr("label") and not dummy.has_attr("label")
     assert ours.get_attr("np_random_seed", 3) == dummy.get_attr("np_random_seed", 3) == [14]
@@ -690,10 +700,15 @@ def test_equals_dummy_vec_env(fake: dict[str, Any]) -> None:
 
 def test_seed_and_options_act_at_the_next_reset_only(fake: dict[str, Any]) -> None:
     venv = sb3_env(fake, 4)
+    venv.seed(5)
     venv.reset()
     venv.seed(0)
     venv.set_options({"group_size": 2, "init_state": 1})
-    assert {info["init_state"] for info in venv.reset_infos} != {1} or venv.reset_infos[0]["seed"] != 0
+    dones = np.zeros(4, bool)
+    while not dones.any():  # an autoreset takes neither
+        dones = venv.step(np.zeros((4, 8, 7), np.float32))[2]
+    assert [info["seed"] for info in venv.reset_infos] == [5, 6, 7, 8]
+    assert {info["init_state"] for info in venv.reset_infos} != {1}
     venv.reset()
     assert [info["seed"] for info in venv.reset_infos] == [0, 1, 2, 3]
     assert {info["init_state"] for info in venv.reset_infos} == {1}

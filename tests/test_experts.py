@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from prophet_gym.data.episode import SEED_SPLITS, SPLITS
 from prophet_gym.data.instructions import TABLE
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.simulators import fetch, loading, metaworld, two_arm
+from prophet_gym.simulators import fetch, loading, metaworld, prepare_opengl, two_arm
 from prophet_gym.simulators.experts import EXPERT_TASKS, NOISE_RECIPES, NOISE_SHARES, NoiseRecipe, PickAndPlace
 from prophet_gym.simulators.experts.fetch_scripts import PickAndPlaceCube, PushCube, Reach
 from prophet_gym.simulators.experts.grasp_planning import bottom, highest_under, plan_grasp, top
@@ -279,6 +280,33 @@ def test_a_recipe_of_all_episodes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"The recipe of '{suite}'"):
             record(suite, 1, tmp_path / "out", recipe=recipe)
     assert not (tmp_path / "out").exists()
+
+
+@dataclass
+class Kills:
+    """A policy whose pickle ends the process that opens it, as a system without memory does."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (1,)
+
+    def predict(self, *_: object, **__: object) -> None: ...
+
+
+def test_a_killed_process_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"killed, most often for lack of memory .* use fewer workers"):
+        record("fetch", 3, tmp_path / "out", workers=1, policy=Kills())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("linux", "egl"), ("darwin", None), ("win32", None)])
+def test_opengl_without_a_display_is_for_linux(monkeypatch: pytest.MonkeyPatch, platform: str, chosen: str) -> None:
+    for name in ("mujoco.gl_context", "mujoco.rendering.classic.gl_context"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        monkeypatch.setenv(name, "")  # so that what is set in here is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", platform)
+    prepare_opengl()
+    assert os.environ.get("MUJOCO_GL") == os.environ.get("PYOPENGL_PLATFORM") == chosen
 
 
 def test_a_recording_resumes_its_own_episodes_alone(tmp_path: Path) -> None:

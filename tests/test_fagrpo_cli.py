@@ -1,5 +1,7 @@
 """The fagrpo command."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from fagrpo import FAGRPO, FlowPolicy
 from fagrpo.cli import build_parser, main
 from prophet_gym.data.episode import Episode
 from prophet_gym.data.lerobot_format import LeRobotWriter
+from prophet_gym.envs.models import WEIGHTS
 
 
 def test_training_writes_a_policy_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +103,27 @@ def test_a_run_without_a_checkpoint_of_the_way_is_resumed_and_not_overwritten(
     assert (tmp_path / "rl" / "model.safetensors").read_bytes() == written
     assert main([*command, "800"]) == 0
     assert "Resuming from" in capsys.readouterr().out
+
+
+def test_a_shipped_policy_by_its_name_from_starts_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "flow-policy-libero-40", "--suite", "libero_spatial", "--no-video", "--max-chunks", "2"]
+    command += ["--num-envs", "4", "--group-size", "2", "--steps", "8", "--quiet", "--device", "cpu"]
+    command += ["--out", str(tmp_path / "rl"), "--start-states"]
+    assert main([*command, str(tmp_path / "none.parquet")]) == 2
+    assert "none.parquet" in capsys.readouterr().err
+    starts = shutil.copy(WEIGHTS / "start_states.parquet", tmp_path / "starts.parquet")
+    assert main([*command, str(starts)]) == 0
+    assert json.loads((tmp_path / "rl" / "run.json").read_text())["start_states"] == str(starts)
+    mean = ["average", "flow-policy-libero-40", str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]
+    assert main(mean) == 0
+    shipped, learned, average = (
+        FlowPolicy.from_safetensors(path).state_dict()
+        for path in (WEIGHTS / "flow-policy-libero-40", tmp_path / "rl", tmp_path / "mean")
+    )
+    for key, value in average.items():
+        torch.testing.assert_close(value, (shipped[key] + learned[key]) / 2)
 
 
 def test_mistakes_end_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

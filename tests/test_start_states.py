@@ -63,6 +63,8 @@ def test_a_table_of_png_images_is_read(tmp_path: Path, monkeypatch: pytest.Monke
 def test_write_then_draw_is_lossless(path: Path) -> None:
     table = StartStates(path)
     assert len(table) == 30 and table.suites == ["libero_object", "libero_spatial"] and table.image_size == 96
+    held_out = [(task, state) for task in range(3) for state, split in sorted(SPLIT_OF.items()) if split == "val"]
+    assert table.pairs("libero_object", "val").tolist() == [list(pair) for pair in held_out] != []
     rng = np.random.default_rng(0)
     for task, init_state in ((0, 0), (2, 39)):
         expected = make_start("libero_spatial", task, init_state)

@@ -5,7 +5,7 @@ import pytest
 
 from prophet_gym.data.lerobot_format import EpisodeDataset
 from prophet_gym.simulators.experts import NOISE_RECIPES
-from prophet_gym.simulators.recording import record
+from prophet_gym.simulators.recording import plan_episodes, record
 from prophet_gym.simulators.suites import SUITES
 
 pytestmark = pytest.mark.libero
@@ -127,7 +127,10 @@ def test_a_disturbed_expert_starts_where_it_rehearsed_and_is_the_same_again(simu
 
 def test_a_recording_says_what_it_is(tmp_path):
     pytest.importorskip("libero", reason='pip install "prophet-gym[libero]"')
-    dataset = EpisodeDataset(record("two_arm_lift", 2, tmp_path / "two", workers=1))
+    # two processes for its one task
+    dataset = EpisodeDataset(record("two_arm_lift", 2, tmp_path / "two", workers=2))
+    plans = plan_episodes("two_arm_lift", 2, seed=0)
+    assert [episode.seed for episode in dataset] == [plan.seed for plan in plans]
     assert len(dataset) == 2 and (dataset.fps, dataset.frame_stride) == (5, 4)
     assert dataset.info["robot_type"] == "two_pandas"
     assert dataset.action_mask.tolist() == [True] * 14

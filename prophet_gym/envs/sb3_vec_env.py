@@ -43,6 +43,8 @@ class ProphetVecEnv(VecEnv):
         self._attributes: list[dict[str, Any]] = [{} for _ in range(envs.num_envs)]  # what set_attr() has added
         self._actions: NDArray[np.float32] | None = None
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+        # As of a single env: recorders take the frame rate from it.
+        self.metadata = {name: value for name, value in envs.metadata.items() if name != "autoreset_mode"}
 
     @property
     def paused(self) -> NDArray[np.bool_]:

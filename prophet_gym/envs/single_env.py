@@ -69,7 +69,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Episode end
     1. Termination: the reward model's success probability reaches its threshold at the end of a chunk.
-    2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s).
+    2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s; the tasks of libero_10 take 30).
 
     `info` has `instruction`, `suite`, `task`, `init_state`, `member`, `success_probability`, `is_success`, `seed` (of
     the env's random stream; drawn if you gave none), and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's

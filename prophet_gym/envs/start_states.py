@@ -150,6 +150,14 @@ class StartStates:
             raise ValueError(f"Unknown task {task!r} of {suite!r}. Valid tasks, by number or by name:\n{listed}")
         return int(number)
 
+    def pairs(self, suite: str, split: str) -> NDArray[np.int64]:
+        """Task and initial state of all starts of a suite in a split, int64 (N, 2).
+
+        :raises ValueError: as :meth:`tasks`.
+        """
+        tasks = self.tasks(suite, split)
+        return np.array([(task, state) for task in tasks for state in sorted(self._index[suite][task][split])])
+
     def draw(
         self,
         np_random: np.random.Generator,

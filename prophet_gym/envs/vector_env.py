@@ -27,7 +27,7 @@ from prophet_gym.envs.start_states import (
     load_start_states,
     user_start,
 )
-from prophet_gym.reward.base import RewardModel, thresholds
+from prophet_gym.reward.base import RewardModel, thresholds, warn_of_unknown_suite
 
 Observation = dict[str, NDArray[Any]]
 
@@ -59,7 +59,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param suite: task suite, one of those with recorded starts, e.g. ``"libero_object"`` or ``"libero_spatial"``.
     :param task: number or snake-case name of the task; None draws one at each reset.
     :param split: which official initial states: ``"train"`` (0-39), ``"val"`` (40-44) or ``"test"`` (45-49).
-    :param max_chunks: an episode is truncated after this many steps (20: 160 control steps, 8 s at 20 Hz).
+    :param max_chunks: an episode is truncated after this many steps (20: 160 control steps, 8 s at 20 Hz;
+        the tasks of libero_10 take 30).
     :param world_model: name of a checkpoint in the wheel, path of one, or a ``ProphetPipeline``.
     :param reward_model: likewise; or any object with ``score`` and ``threshold``, see ``RewardModel``.
     :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success
@@ -155,8 +156,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"An action has {ACTION_DIM} numbers for each arm, this world model's {self.world_model.action_dim}."
             )
         # Spaces are those of the suite's robot; inside, zeros stand for arms that others have.
-        self.num_arms = self.world_model.arms(suite)
-        self._arms = {suite: self.num_arms}
+        self._arms: dict[str, int] = {}
+        self.num_arms = self._arms_of(suite)
         proprio_dim = PROPRIO_DIM * (self.world_model.action_dim // ACTION_DIM)
         entries: dict[str, gym.spaces.Space[Any]] = {
             "proprio": gym.spaces.Box(-PROPRIO_BOUND, PROPRIO_BOUND, (PROPRIO_DIM * self.num_arms,), np.float32),
@@ -416,9 +417,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
             )
         (suite,) = self._suites_of([start])
-        if suite not in self._arms:
-            self._arms[suite] = self.world_model.arms(suite)
-        if not len(start.proprio) == PROPRIO_DIM * self.num_arms == PROPRIO_DIM * self._arms[suite]:
+        if not len(start.proprio) == PROPRIO_DIM * self.num_arms == PROPRIO_DIM * self._arms_of(suite):
             raise ValueError(
                 f"The robot of {self.suite!r} has {self.num_arms} arms in this world model, that of {suite!r} "
                 f"{self._arms[suite]}, and the start's proprioception {len(start.proprio)} numbers, not {PROPRIO_DIM} "
@@ -428,6 +427,13 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             member = int(self._member_rngs[i].integers(self.world_model.num_members))
         instruction_embedding(start.instruction)  # cached; raises while nothing has changed
         return start, member
+
+    def _arms_of(self, suite: str) -> int:
+        """Arms of a suite's robot; models that do not know the suite say so when it is first met."""
+        if suite not in self._arms:
+            warn_of_unknown_suite(self.reward_model, suite, self.video)
+            self._arms[suite] = self.world_model.arms(suite)
+        return self._arms[suite]
 
     def _check_member(self, member: Any) -> int | None:
         count = self.world_model.num_members

@@ -1,5 +1,6 @@
 """What a reward model is."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -62,6 +63,18 @@ def balanced_thresholds(reward_model: RewardModel, suites: Sequence[str], video:
     usual = thresholds(reward_model, suites, video)
     balanced = getattr(reward_model, "balanced_threshold" if video else "balanced_motion_threshold", None)
     return usual if balanced is None else np.minimum(usual, _of_suites(balanced, suites))
+
+
+def warn_of_unknown_suite(reward_model: RewardModel, suite: str, video: bool = True) -> None:
+    """Warn of a suite that a judge has no threshold for, though it has one for each of others."""
+    known = reward_model.threshold if video else reward_model.motion_threshold
+    if isinstance(known, Mapping) and suite not in known:
+        warnings.warn(
+            f"The judge knows {sorted(known)} and not {suite!r}: its verdicts there are a guess, held against the "
+            "highest threshold of these. Train one on the suite (`prophet train-reward`) and pass it as reward_model.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _of_suites(threshold: float | Mapping[str, float], suites: Sequence[str]) -> NDArray[np.float64]:

@@ -14,9 +14,10 @@ def prepare_opengl() -> None:
     Gymnasium itself imports it; and robosuite chooses after having imported it). So the module that read it is loaded
     again.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    if sys.platform == "linux":  # elsewhere MuJoCo needs no display anyway, and knows no egl
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    if (chosen := os.environ.get("MUJOCO_GL", "")) in ("egl", "osmesa"):
+        os.environ.setdefault("PYOPENGL_PLATFORM", chosen)
     for name in ("mujoco.gl_context", "mujoco.rendering.classic.gl_context"):  # until 3.16, and since
         if name in sys.modules:
             importlib.reload(sys.modules[name])

@@ -75,7 +75,7 @@ class LiberoEnv(gym.Env[Observation, NDArray[np.float32]]):
 
     ## Episode end
     1. Termination: the goal condition holds at the END of a chunk.
-    2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s).
+    2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s; the tasks of libero_10 take 30).
 
     `info` has `instruction`, `suite`, `task`, `init_state`, `success_probability` (1.0 or 0.0), `is_success`, `seed`,
     and after a step `frames`, uint8 (2, 96, 96, 3), this chunk's video at 5 frames per second.

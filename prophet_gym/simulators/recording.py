@@ -9,9 +9,11 @@ other robots than LIBERO's look at the objects.)
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -146,6 +148,7 @@ def record(
         ValueError: an unknown suite, split or recipe, a recipe and a policy, a count below 1, or `out` is another
             recording's.
         ImportError: the suite's simulator is not installed; names the extra that brings it.
+        OSError: a process was killed.
     """
     if suite not in SUITES:
         raise ValueError(f"Unknown suite {suite!r}. Valid suites: {list(SUITES)}.")
@@ -176,8 +179,10 @@ def record(
     pool = ProcessPoolExecutor(workers, spawn, _start_worker, (written, stop), max_tasks_per_child=1)
     done = 0
     with pool, tqdm(total=episodes, desc=f"recording {suite}", unit="episode") as progress:
-        by_task = [[plan for plan in plans if plan.task == task] for task in SUITES[suite].tasks]
-        jobs = [pool.submit(_record_task, suite, root, some, policy, video) for some in by_task if some]
+        tasks = SUITES[suite].tasks
+        parts = math.ceil(workers / len(tasks))  # of each task, for suites of fewer tasks than there are processes
+        shares = [[plan for plan in plans if plan.task == task][k::parts] for task in tasks for k in range(parts)]
+        jobs = [pool.submit(_record_task, suite, root, some, policy, video) for some in shares if some]
         try:
             while done < episodes and not any(job.done() and job.exception() for job in jobs):
                 try:
@@ -188,9 +193,16 @@ def record(
                 progress.update()
             if failed := next((job for job in jobs if job.done() and job.exception()), None):
                 failed.result()  # raises
-        except BaseException:  # a KeyboardInterrupt too: else the pool would record all that is left before it ends
+        except (
+            BaseException
+        ) as error:  # a KeyboardInterrupt too: else the pool would record what is left before it ends
             stop.set()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise OSError(
+                    "A process of the recording was killed, most often for lack of memory (each needs up to 2.5 GB): "
+                    "use fewer workers. The same command resumes."
+                ) from error
             raise
         cameras = [job.result() for job in jobs]
     if not all(np.allclose(camera[name], cameras[0][name]) for camera in cameras for name in camera):
