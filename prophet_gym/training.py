@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED = 20
 """Batches in a row without a finite gradient, after which training gives up."""
 
+NOT_THE_FILE = (MemoryError, torch.OutOfMemoryError, ImportError, PermissionError)
+"""What may go wrong where a file is read without its being damaged."""
+
 LossFn = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -110,9 +113,14 @@ def fit(
     if finished:
         try:
             saved = type(module).from_pretrained(out / name, use_safetensors=True, local_files_only=True)
+            module.load_state_dict(saved.state_dict())
+        except NOT_THE_FILE:
+            raise
         except Exception as error:  # as in `_load_checkpoint`
-            raise ValueError(f"{out / name} is damaged ({error}): delete it to train that stage again.") from error
-        module.load_state_dict(saved.state_dict())
+            raise ValueError(
+                f"{out / name} cannot be read ({error}): it is damaged, or another version's. Delete it to train that "
+                "stage again."
+            ) from error
         module.eval()
         return
     for weight in module.state_dict().values():
@@ -222,6 +230,8 @@ def _load_checkpoint(accelerator: Accelerator, path: Path, ema: EMAModel, loss_f
             ema.optimization_step = progress["ema_step"]
             if isinstance(loss_fn, Stateful):
                 loss_fn.load_state_dict(load_file(path / _loss_file(accelerator)))
+    except NOT_THE_FILE:
+        raise
     except Exception as error:  # of whatever kind: by a damaged file each reader raises errors of its own
         raise ValueError(
             f"The checkpoint {path} is damaged ({error}): delete it to begin this stage again, the ones before it stay."

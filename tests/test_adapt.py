@@ -102,10 +102,32 @@ def test_a_folder_is_of_one_run(base: Path, tmp_path: Path) -> None:
     assert_same_weights(first, adapt(load(base), *run, recipe="debug"))  # finished already
     with pytest.raises(ValueError, match="belongs to a run with seed 0, this one has seed 1"):
         adapt(load(base), *run, recipe="debug", seed=1)
+    with pytest.raises(ValueError, match="belongs to a run with cameras None"):
+        adapt(load(base), *run, recipe="debug", cameras={"square_world": [[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]})
+    repainted = replace(run[0], first_frames=255 - run[0].first_frames)
+    with pytest.raises(ValueError, match="belongs to a run with episodes"):
+        adapt(load(base), repainted, *run[1:], recipe="debug")
     with pytest.raises(ValueError, match="belongs to a run with checkpoint"):
         adapt(load(tmp_path / "out" / "pipeline"), *run, recipe="debug")
     with pytest.raises(ValueError, match=r"belongs to a run with .*command adapt"):
         train(*run, preset="debug")
+
+
+def test_episodes_that_do_not_fit_are_refused_before_any_training(base: Path, tmp_path: Path) -> None:
+    arrays, val = new_world(4), new_world(2, seed=1)
+    with pytest.raises(ValueError, match="take 20 actions a second, those of the episodes 60"):
+        adapt(load(base), replace(arrays, control_hz=60.0), val, tmp_path / "out", recipe="debug")
+    small = replace(val, frames=val.frames[:, :48, :48])
+    with pytest.raises(ValueError, match=r"takes frames of shape \(96, 96, 3\), the episodes have \(48, 48, 3\)"):
+        adapt(load(base), arrays, small, tmp_path / "out", recipe="debug")
+    with pytest.raises(ValueError, match=r"takes frames of shape \(96, 96, 3\), the episodes have \(48, 48, 3\)"):
+        train(arrays, small, tmp_path / "other", preset="debug")
+    for folder in ("out", "other"):
+        assert not [path for path in (tmp_path / folder).glob("*") if path.is_dir()]
+
+
+def test_a_pipeline_has_the_control_rate_of_its_episodes() -> None:
+    assert concatenate([replace(new_world(2), control_hz=10.0)] * 2).control_hz == 10.0
 
 
 def test_episodes_without_a_whole_chunk_are_not_imagined(base: Path) -> None:
@@ -191,7 +213,7 @@ def test_a_recipe_can_train_the_encoder(base: Path, tmp_path: Path, monkeypatch:
     projections = old.projection([record.suite for record in arrays.records])
     before, after = (
         np.mean([loss(0, torch.Generator().manual_seed(k))[0].item() for k in range(4)])
-        for loss in (autoencoder_loss(some.vae, arrays, projections, 16) for some in (old, adapted))
+        for loss in (autoencoder_loss(some.vae, arrays, projections, 16, 2) for some in (old, adapted))
     )
     assert after < before
     assert not torch.equal(adapted.vae.encoder[1].weight, old.vae.encoder[1].weight)
@@ -290,7 +312,7 @@ def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend', 'motion', 'video'\]"):
         run(arrays, arrays, recipe="huge")
     coarse = replace(arrays, actions=arrays.actions[:, :2])
-    with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the new episodes have \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the episodes have \(2, 7\)"):
         run(coarse, coarse, recipe="debug")
     short = episodes(2, length=2)
     with pytest.raises(ValueError, match="No training episode has 3 frames, its first one and a chunk"):

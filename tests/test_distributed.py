@@ -34,7 +34,7 @@ def autoencoder(seed: int) -> ProphetAutoencoder:
 
 
 def loss_of(vae: ProphetAutoencoder) -> LossFn:
-    return autoencoder_loss(vae, episodes(4), torch.zeros(4, 1, 3, 4), batch_size=4)
+    return autoencoder_loss(vae, episodes(4), torch.zeros(4, 1, 3, 4), batch_size=4, chunk_frames=2)
 
 
 def one_step(vae: ProphetAutoencoder, loss_fn: LossFn, out: Path) -> ProphetAutoencoder:

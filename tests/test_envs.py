@@ -986,12 +986,15 @@ def test_a_checkpoint_that_was_written_again_is_read_again(real: dict[str, Any],
 
 
 def test_a_pipeline_in_bfloat16_keeps_its_proprioception(real: dict[str, Any], tmp_path: Path) -> None:
-    ProphetPipeline.tiny_random().save_pretrained(tmp_path / "pipeline")
+    original = ProphetPipeline.tiny_random()
+    original.save_pretrained(tmp_path / "pipeline")
     for pipeline in (
         ProphetPipeline.tiny_random().to(torch.bfloat16),
         ProphetPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16),
     ):
-        assert pipeline.transformer.dtype == torch.bfloat16 and pipeline.proprioception.dtype == torch.float32
+        assert pipeline.transformer.dtype == torch.bfloat16
+        for name, weight in original.proprioception.state_dict().items():
+            assert torch.equal(weight, pipeline.proprioception.state_dict()[name]), name
         env = ProphetEnv(**{**real, "world_model": pipeline})
         env.reset(seed=0)
         env.step(np.zeros((8, 7), np.float32))

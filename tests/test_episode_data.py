@@ -259,6 +259,16 @@ def test_a_data_set_without_video_says_so(tmp_path: Path) -> None:
         make_writer(tmp_path / "blind").written(0)
 
 
+def test_an_episode_of_another_camera_is_not_taken_over(tmp_path: Path) -> None:
+    make_writer(tmp_path).write_episode(0, make_episode())
+    nearly = {name: np.array(matrix) + 1e-9 for name, matrix in CAMERA.items()}
+    assert make_writer(tmp_path, camera=nearly).written(0) is not None
+    moved = CAMERA | {"extrinsics": np.array(CAMERA["extrinsics"]) + 0.1}
+    for other in (moved, {"libero_object": CAMERA}):
+        with pytest.raises(ValueError, match="was written with the settings"):
+            make_writer(tmp_path, camera=other).written(0)
+
+
 def test_a_finalize_that_fails_leaves_a_finished_data_set_as_it_is(tmp_path: Path) -> None:
     write_all(tmp_path)
     before = (tmp_path / "meta/info.json").read_bytes()

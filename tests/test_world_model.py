@@ -553,7 +553,7 @@ def small_autoencoder() -> ProphetAutoencoder:
 def test_the_autoencoder_learns(tmp_path: Path) -> None:
     arrays, vae = episodes(16), small_autoencoder()
     encoder = vae.encoder[1].weight.clone()
-    make = partial(autoencoder_loss, vae, arrays, torch.zeros(16, 1, 3, 4), 8)
+    make = partial(autoencoder_loss, vae, arrays, torch.zeros(16, 1, 3, 4), 8, 2)
     assert improvement(vae, make, tmp_path, steps=60, rate=5e-3) < 0.6
     assert (vae.encoder[1].weight - encoder).abs().max() > 1e-3
 
@@ -947,6 +947,49 @@ def test_frames_around_a_movement_of_the_fingers_count_more() -> None:
     arrays.proprio[10:, 6] = 0.04
     weights = contact_weights(arrays)
     assert weights[7:14].eq(4).all() and weights[:7].eq(1).all() and weights[14:].eq(1).all()
+    arrays.proprio[:, 6] = 0
+    arrays.proprio[19, 6] = 0.04  # at the end of the first of two episodes
+    weights = contact_weights(arrays)
+    assert weights[16:20].eq(4).all() and weights[:16].eq(1).all() and weights[20:].eq(1).all()
+
+
+def test_what_overflowed_in_the_memory_is_not_carried_on() -> None:
+    pipeline, arrays = ProphetPipeline.tiny_random(), episodes(5, length=40)
+    loss_fn = ProprioceptionLoss(pipeline, arrays, batch_size=4, steps=10)
+    loss_fn(0, torch.Generator().manual_seed(0))
+    loss_fn.state_dict()["state"][2, -2] = float("nan")
+    loss, _ = loss_fn(9, torch.Generator().manual_seed(1))
+    assert loss.isfinite() and loss_fn.state_dict()["state"].isfinite().all()
+    assert loss_fn.state_dict()["time"][2] == loss_fn.frames  # it began anew
+
+
+def test_conventions_that_would_be_learned_as_motion_are_named() -> None:
+    arrays = episodes(2)
+    turned = arrays.proprio.clone()
+    turned[:, 3] = torch.where(torch.arange(len(turned)) % 2 == 0, 3.1, -3.1)
+    apart, together = arrays.proprio.clone(), arrays.proprio.clone()
+    together[:, 6:], apart[:, 6:] = torch.tensor([0.04, 0.04]), torch.tensor([0.04, -0.04])
+    binary = arrays.actions.clone()
+    binary[..., 6] = (binary[..., 6] > 0).float()
+    set_robots(ProphetPipeline.tiny_random(), replace(arrays, proprio=apart))
+    for changed, message in (
+        ({"proprio": turned}, "changes by 6.2 rad between two frames"),
+        ({"proprio": together}, "up to 0.040 m from the middle and never apart"),
+        ({"actions": binary}, "0 and 1 and never negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            set_robots(ProphetPipeline.tiny_random(), replace(arrays, **changed))
+
+
+def test_a_history_has_room_for_the_first_and_the_latest_frame() -> None:
+    with pytest.raises(ValueError, match="history_frames must be at least 2, got 1"):
+        ProphetTransformer3DModel.from_config(ProphetPipeline.tiny_random().transformer.config, history_frames=1)
+
+
+def test_a_robot_whose_first_arm_was_at_rest_still_has_both() -> None:
+    pipeline = ProphetPipeline.tiny_random(num_arms=2)
+    pipeline.proprioception.action_mask[0] = torch.tensor([0.0] * 7 + [1.0] * 7)
+    assert pipeline.arms("libero_object") == 2
 
 
 def test_a_suite_with_few_episodes_is_visited_more_often_than_its_share() -> None:

@@ -28,6 +28,7 @@ class EpisodeArrays:
     :param lengths: int64 (E,), frames of each episode.
     :param first_frames: uint8 (E, H, W, 3), the first frame of each episode.
     :param records: what else is known about the E episodes.
+    :param control_hz: low-level actions a second.
     """
 
     frames: Tensor
@@ -38,6 +39,7 @@ class EpisodeArrays:
     lengths: Tensor
     first_frames: Tensor
     records: tuple[EpisodeRecord, ...]
+    control_hz: float = 20.0
 
     @property
     def num_arms(self) -> int:
@@ -60,11 +62,12 @@ class EpisodeArrays:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
 
     def checksum(self) -> int:
-        """One number for the actions, the proprioception and the verdicts, to tell whether these are the same episodes
-        (imagined ones have another proprioception)."""
-        checksum = 0
-        for values in (self.actions, self.proprio, self.success):
-            checksum = zlib.crc32(values.numpy().tobytes(), checksum)
+        """One number for what the episodes begin with, what is done and becomes of it, and whose they are, to tell
+        whether these are the same ones (imagined ones have another proprioception)."""
+        whose = [(record.robot, record.suite, record.instruction) for record in self.records]
+        checksum = zlib.crc32(repr((whose, self.frames.shape)).encode())
+        for values in (self.first_frames, self.actions, self.proprio, self.success):
+            checksum = zlib.crc32(values.contiguous().view(-1).view(torch.uint8).numpy(), checksum)
         return checksum
 
 
@@ -155,6 +158,7 @@ def load_arrays(
         lengths=torch.from_numpy(lengths),
         first_frames=torch.from_numpy(first_frames),
         records=records,
+        control_hz=given[0].fps * given[0].frame_stride,
     )
 
 
@@ -168,6 +172,7 @@ def concatenate(parts: Sequence[EpisodeArrays]) -> EpisodeArrays:
         },
         starts=torch.cat([part.starts + offset for part, offset in zip(parts, offsets, strict=True)]),
         records=tuple(record for part in parts for record in part.records),
+        control_hz=parts[0].control_hz,
     )
 
 
@@ -196,6 +201,7 @@ def subset(arrays: EpisodeArrays, count: int, seed: int) -> EpisodeArrays:
         lengths=lengths,
         first_frames=arrays.first_frames[chosen],
         records=tuple(arrays.records[episode] for episode in chosen),
+        control_hz=arrays.control_hz,
     )
 
 

@@ -88,7 +88,9 @@ class Episode:
 
     :param frames: uint8 (T + 1, H, W, 3), upright RGB. Frame 0 is the start, before any action.
     :param proprio: float32 (T + 1, 8 K) at the frames, for each of the robot's K arms in turn: end-effector position
-        (3, metres, world), orientation as axis-angle (3, radians), gripper finger positions (2, metres).
+        (3, metres, world), orientation as axis-angle (3, radians; continuous, so of an angle beyond pi where the hand
+        turns on: the vector from a quaternion whose sign does not flip), gripper finger positions (2, metres: the first
+        >= 0, the second <= 0, and their difference is the opening).
     :param actions: float32 (T, frame_stride, 7 K) in [-1, 1], for each arm in turn, LIBERO's OSC_POSE convention (delta
         xyz, delta rotation, gripper: -1 opens, +1 closes); zeros where the robot obeys none. ``actions[k]`` are
         executed between frame k and frame k + 1.

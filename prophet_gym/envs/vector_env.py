@@ -417,10 +417,11 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 self._rng(i), suite=suite, split=self.split, task=task, init_state=options.get("init_state")
             )
         (suite,) = self._suites_of([start])
-        if not len(start.proprio) == PROPRIO_DIM * self.num_arms == PROPRIO_DIM * self._arms_of(suite):
+        arms = self._arms_of(suite)
+        if not len(start.proprio) == PROPRIO_DIM * self.num_arms == PROPRIO_DIM * arms:
             raise ValueError(
                 f"The robot of {self.suite!r} has {self.num_arms} arms in this world model, that of {suite!r} "
-                f"{self._arms[suite]}, and the start's proprioception {len(start.proprio)} numbers, not {PROPRIO_DIM} "
+                f"{arms}, and the start's proprioception {len(start.proprio)} numbers, not {PROPRIO_DIM} "
                 "for each arm: make an env of the start's suite with a world_model that was trained on it."
             )
         if member is None:

@@ -14,6 +14,7 @@ from prophet_gym.world_model.lora import check_lora
 from prophet_gym.world_model.pipeline import ProphetPipeline
 from prophet_gym.world_model.training import (
     MEMORY,
+    check_shapes,
     check_validation,
     finished_pipeline,
     fit_autoencoder,
@@ -117,15 +118,7 @@ def adapt(
     check_recipe(recipe, lora_rank, num_members)
     out = Path(out)
     has_video = "rollouts" in RECIPES[recipe]
-    expected = {
-        "frames" if has_video else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
-        "proprio": (pipeline.proprioception.proprio_dim,),
-        "actions": (pipeline.frame_stride, pipeline.action_dim),
-    }
-    for name, shape in expected.items():
-        if (got := tuple(getattr(train_arrays, name).shape[1:])) != shape:
-            arms = "" if "frames" in name else f" Where a robot has fewer arms, load with num_arms={pipeline.num_arms}."
-            raise ValueError(f"The pipeline was trained on {name} of shape {shape}, the new episodes have {got}.{arms}")
+    check_shapes(pipeline, train_arrays, has_video)
     finished = finished_pipeline(
         out,
         device,
@@ -134,6 +127,7 @@ def adapt(
         lora_rank=lora_rank,
         num_members=num_members,
         seed=seed,
+        cameras=cameras,
         checkpoint=weights_checksum(pipeline.vae, pipeline.transformer, pipeline.proprioception),
         episodes=train_arrays.checksum(),
     )
@@ -148,7 +142,7 @@ def adapt(
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     set_robots(pipeline, train_arrays)
-    check_validation(pipeline, val_arrays)
+    check_validation(pipeline, val_arrays, has_video)
     if has_video:
         has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     stages = dict(RECIPES[recipe])

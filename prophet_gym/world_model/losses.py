@@ -109,7 +109,7 @@ class ProprioceptionLoss(ReplayLoss):
         steps_left = arrays.lengths[episodes] - 1 - rollouts["time"]
         pixels = self._look(rollouts, begins)
         projection, robot = self._projections[episodes].to(device), self._robots[episodes].to(device)
-        losses = []
+        losses, errors = [], []
         for frame in range(self.frames):
             rows = first + torch.tensor(frame).minimum(steps_left - 1)  # past an episode's end its last step, unused
             state = model(state, arrays.actions[rows].to(device), pixels, projection, robot)
@@ -117,9 +117,12 @@ class ProprioceptionLoss(ReplayLoss):
             error = state[:, : model.proprio_dim] - target
             grip = _log_opening(state[:, : model.proprio_dim]) - _log_opening(target)
             loss = _almost_absolute(error / model.delta_std[robot]) + _almost_absolute(grip)
-            losses.append(loss[(frame < steps_left).to(device)])
+            inside = (frame < steps_left).to(device)
+            losses.append(loss[inside])
+            counted = (model.arm_mask[robot] & inside[:, None]).flatten()
+            errors.append(per_arm(error.detach(), model.config.num_arms)[counted])
         self._rollouts = rollouts | {"time": rollouts["time"] + self.frames, "state": state.detach()}
-        arms = per_arm(error.detach(), model.config.num_arms)[model.arm_mask[robot].flatten()]
+        arms = torch.cat(errors)
         logs = {"position_error_mm": 1000 * arms[:, :3].norm(dim=-1).mean().item()}
         return torch.cat(losses).mean(), logs | {"finger_error_mm": 1000 * arms[:, 6:].abs().mean().item()}
 
@@ -141,11 +144,14 @@ class ProprioceptionLoss(ReplayLoss):
         gain = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
         uniform = torch.rand(2, count, generator=generator)
         episodes, time, begins = self._go_on(drawn, uniform[1], stride=1)
-        told = begins | (uniform[0] < max(0.02, 1 - 1.2 * step / self.steps))
+        told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
         state = torch.zeros(count, self.model.state_dim, device=device)
         if before := self._rollouts:
+            lost = ~before["state"].isfinite().all(dim=1).cpu()  # an overflow is not kept: the robot begins anew
+            episodes, time, begins = torch.where(lost, drawn, episodes), torch.where(lost, 0, time), begins | lost
             gain = torch.where(begins[:, None, None, None], gain, before["gain"])
             state = torch.where(begins[:, None].to(device), state, before["state"].to(device))
+        told = told | begins
         true = arrays.proprio[arrays.starts[episodes] + time].to(device)
         believed, rest = state.tensor_split([true.shape[1]], dim=1)
         believed = torch.where(told[:, None].to(device), true, believed)
@@ -165,7 +171,7 @@ def _log_opening(proprio: torch.Tensor) -> torch.Tensor:
 
 
 def autoencoder_loss(
-    vae: ProphetAutoencoder, arrays: EpisodeArrays, projections: torch.Tensor, batch_size: int
+    vae: ProphetAutoencoder, arrays: EpisodeArrays, projections: torch.Tensor, batch_size: int, chunk_frames: int
 ) -> LossFn:
     """Error of encoded and decoded crops of what moves and what has colour.
 
@@ -175,16 +181,17 @@ def autoencoder_loss(
 
     Args:
         projections: float32 (E, K, 3, 4), the camera of each episode of `arrays`.
+        chunk_frames: over how many frames at most something is carried.
     """
 
-    holds, sampler, device = track_holds(arrays), ClipSampler(arrays, 2, batch_size), vae.device
+    holds, sampler, device = track_holds(arrays), ClipSampler(arrays, chunk_frames, batch_size), vae.device
 
     def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         clip = sampler.draw(generator)
         elsewhere = arrays.lengths[clip.episodes] * torch.rand(batch_size, generator=generator)
         usual = torch.rand(batch_size, generator=generator) < 0.75
         reference_rows = clip.first_rows + torch.where(usual, 0, elsewhere.long())
-        frame = torch.randint(1, 3, (batch_size,), generator=generator)
+        frame = torch.randint(1, 1 + chunk_frames, (batch_size,), generator=generator)
         rows = clip.rows[torch.arange(batch_size), frame]
         window = _Window.choose(arrays, rows, reference_rows, generator)
         images = arrays.frames[torch.stack([rows, reference_rows, clip.rows[:, 0], clip.first_rows])].to(device)
@@ -239,7 +246,12 @@ def contact_weights(arrays: EpisodeArrays) -> torch.Tensor:
     fingers = finger_openings(arrays.proprio)
     moved = (fingers.diff(dim=0, prepend=fingers[:1]).abs() > 0.004).any(dim=1).float()
     moved[arrays.starts] = 0
-    near = F.max_pool1d(moved[None, None], kernel_size=7, stride=1, padding=3)[0, 0]
+    reach = 3  # frames
+    # So far apart that no episode reaches into the next one.
+    rows = torch.arange(len(moved))
+    place = rows + reach * torch.searchsorted(arrays.starts, rows, right=True)
+    apart = torch.zeros(int(place[-1]) + 1).index_put((place,), moved)
+    near = F.max_pool1d(apart[None, None], kernel_size=2 * reach + 1, stride=1, padding=reach)[0, 0, place]
     return 1 + 3 * near
 
 

@@ -149,7 +149,10 @@ class ProphetPipeline(DiffusionPipeline):
         if len(set(hands.values())) > 1:
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
-            raise ValueError(f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}.")
+            raise ValueError(
+                f"chunk_size must be a multiple of frame_stride, got {chunk_size} and {frame_stride}: the episodes "
+                "need another number of actions a frame."
+            )
         proprioception.float()  # bfloat16 would round its poses to millimetres
         self.register_modules(vae=vae, transformer=transformer, proprioception=proprioception, scheduler=scheduler)
         self.register_to_config(
@@ -241,7 +244,7 @@ class ProphetPipeline(DiffusionPipeline):
                 "it knows. Adapt it with `prophet adapt`.",
                 stacklevel=2,
             )
-        return int(self.proprioception.arm_mask[self.robot([suite])].sum())
+        return int(self.proprioception.arm_mask[self.robot([suite])][0].nonzero().max()) + 1
 
     @torch.inference_mode()
     def init_history(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -328,6 +331,7 @@ class ProphetPipeline(DiffusionPipeline):
         start, latest = frames_to_pixels(torch.as_tensor(images).to(self.device)).to(self.vae.dtype).unbind(1)
         projection, robot = self.projection(suites).to(self.device), self.robot(suites).to(self.device)
         actions = actions.to(self.device, torch.float32)
+        history = history.to(self.device)
         condition, state = self.condition(state.to(self.device, torch.float32), actions, start, projection, robot)
         pixels, _ = self.generate(history, condition, start, latest, generator, num_inference_steps)
         encoded = self.vae.encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])

@@ -47,6 +47,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         num_members (`int`, defaults to `1`): size M of the ensemble.
     """
 
+    # All of it, whatever dtype is asked for when it is loaded: bfloat16 would round poses to millimetres.
+    _keep_in_fp32_modules = ["members", "proprio_mean", "proprio_std", "delta_std", "action_mask"]  # noqa: RUF012
+
     @register_to_config
     def __init__(
         self,

@@ -2,6 +2,7 @@
 stage can be resumed."""
 
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.tensorboard import SummaryWriter
 
 from prophet_gym.data.clips import EpisodeArrays
+from prophet_gym.data.episode import GRIPPERS, PROPRIO_DIM, finger_openings, per_arm
 from prophet_gym.run_folder import claim
 from prophet_gym.training import fit
 from prophet_gym.world_model.autoencoder import ProphetAutoencoder
@@ -127,8 +129,8 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
     numbers that are zero in all its actions are not obeyed. Suites that are new join their robot's.
 
     Raises:
-        ValueError: there are more robots than slots, a suite is another robot's, or a known robot uses an action that
-            it did not obey before.
+        ValueError: there are more robots than slots, a suite is another robot's, a known robot uses an action that it
+            did not obey before, or its orientations, fingers or gripper commands are not as `Episode` has them.
     """
     model, robots = pipeline.proprioception, {name: list(suites) for name, suites in pipeline.config.robots}
     last = arrays.starts + arrays.lengths - 1
@@ -137,6 +139,8 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
         inside = own.clone()  # frames that another one follows
         inside[last] = False
         used = (arrays.actions[inside] != 0).any(0).any(0)
+        change = arrays.proprio[1:][inside[:-1]] - arrays.proprio[:-1][inside[:-1]]
+        _check_conventions(name, arrays.proprio[own], change, arrays.actions[inside])
         if name in robots:
             obeyed = model.action_mask[list(robots).index(name)].cpu() > 0
             if (used & ~obeyed).any():
@@ -152,7 +156,6 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
         model.action_mask[slot] = used.float()
         model.proprio_mean[slot] = arrays.proprio[own].mean(0)
         model.proprio_std[slot] = arrays.proprio[own].std(0).clamp(min=0.01)
-        change = arrays.proprio[1:][inside[:-1]] - arrays.proprio[:-1][inside[:-1]]
         model.delta_std[slot] = change.std(0).clamp(min=0.001)  # an orientation may be fixed
     for suite, name in sorted({(record.suite, record.robot) for record in arrays.records}):
         others = [other for other, suites in robots.items() if suite in suites and other != name]
@@ -165,8 +168,55 @@ def set_robots(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
     pipeline.register_to_config(robots=[[name, suites] for name, suites in robots.items()])
 
 
-def check_validation(pipeline: ProphetPipeline, arrays: EpisodeArrays) -> None:
-    """Raise a ValueError where validation episodes are of a suite or robot without a slot."""
+def _check_conventions(robot: str, proprio: torch.Tensor, change: torch.Tensor, actions: torch.Tensor) -> None:
+    """Raise a ValueError where other conventions than `Episode`'s would be learned as motion.
+
+    Args:
+        proprio: float (N, 8 K). change: float (M, 8 K), from one frame to the next. actions: float (M, stride, 7 K).
+    """
+    arms = proprio.shape[1] // PROPRIO_DIM
+    jump = per_arm(change, arms)[:, 3:6].norm(dim=-1).amax() if len(change) else change.new_zeros(())
+    if jump > math.pi:
+        raise ValueError(
+            f"The orientation of {robot!r} changes by {jump:.1f} rad between two frames: axis-angle vectors jump where "
+            "the angle passes pi. Make them from quaternions whose sign does not flip, with angles beyond pi."
+        )
+    fingers = per_arm(proprio, arms)[:, 6:].abs().amax()
+    if fingers > 0.01 and finger_openings(proprio).abs().amax() < 0.1 * fingers:
+        raise ValueError(
+            f"The fingers of {robot!r} are up to {fingers:.3f} m from the middle and never apart: the position of the "
+            "second one is negative, and their difference the opening."
+        )
+    commands = actions[..., GRIPPERS]
+    if commands.numel() and commands.amin() == 0 and (commands == 1).any():
+        raise ValueError(
+            f"The gripper commands of {robot!r} are 0 and 1 and never negative: -1 opens and +1 closes. Convert them."
+        )
+
+
+def check_shapes(pipeline: ProphetPipeline, arrays: EpisodeArrays, video: bool = True) -> None:
+    """Raise a ValueError where episodes do not fit the pipeline: size of the frames (without `video`, of the first
+    ones), proprioception, actions, or how many of these there are a second."""
+    expected: dict[str, Any] = {
+        "frames" if video else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
+        "proprio": (pipeline.proprioception.proprio_dim,),
+        "actions": (pipeline.frame_stride, pipeline.action_dim),
+    }
+    for name, shape in expected.items():
+        if (got := tuple(getattr(arrays, name).shape[1:])) != shape:
+            arms = "" if "frames" in name else f" Where a robot has fewer arms, load with num_arms={pipeline.num_arms}."
+            raise ValueError(f"The pipeline takes {name} of shape {shape}, the episodes have {got}.{arms}")
+    if round(arrays.control_hz) != pipeline.config.control_hz:
+        raise ValueError(
+            f"The pipeline's robots take {pipeline.config.control_hz} actions a second, those of the episodes "
+            f"{arrays.control_hz:g}: record at that rate, or train a world model of your own (`prophet train`)."
+        )
+
+
+def check_validation(pipeline: ProphetPipeline, arrays: EpisodeArrays, video: bool = True) -> None:
+    """Raise a ValueError where validation episodes do not fit, see `check_shapes`, or are of a suite or robot without a
+    slot."""
+    check_shapes(pipeline, arrays, video)
     known = {(name, suite) for name, suites in pipeline.config.robots for suite in suites}
     if unknown := {(record.robot, record.suite) for record in arrays.records} - known:
         raise ValueError(f"Validation has episodes of {sorted(unknown)}, training only of {sorted(known)}.")
@@ -269,6 +319,7 @@ def train(
         seed=seed,
         action_streams=action_streams,
         pretrained=None if pretrained is None else str(pretrained),
+        cameras=cameras,
         episodes=train_arrays.checksum(),
     )
     if finished is not None:
@@ -299,6 +350,7 @@ def train(
         FlowMatchEulerDiscreteScheduler(),
         image_size=train_arrays.frames.shape[1],
         frame_stride=stride,
+        control_hz=round(train_arrays.control_hz),
         cameras=cameras,
         action_streams=action_streams,
     )
@@ -353,7 +405,7 @@ def fit_autoencoder(
         return encode_frames(vae, arrays.frames)
     stage = dict(recipe["autoencoder"])
     projections = pipeline.projection(arrays.suites)
-    loss_fn = autoencoder_loss(vae, arrays, projections, stage.pop("batch_size"))
+    loss_fn = autoencoder_loss(vae, arrays, projections, stage.pop("batch_size"), pipeline.chunk_frames)
     fit("autoencoder", vae, loss_fn, out, seed=seed, **stage)
     latents = encode_frames(vae, arrays.frames).float()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))

@@ -67,7 +67,12 @@ def prepare_cosmos(transformer: CosmosTransformer3DModel) -> None:
 
     The base class registers its own arguments too; what is saved must be what the subclass's constructor takes. With a
     memory the cross-attention reads it, and its output starts at zero; without one it is left out.
+
+    Raises:
+        ValueError: a history without room for the episode's first frame and the latest one.
     """
+    if transformer.config.history_frames < 2:
+        raise ValueError(f"history_frames must be at least 2, got {transformer.config.history_frames}.")
     own = inspect.signature(type(transformer).__init__).parameters
     transformer._internal_dict = FrozenDict({key: value for key, value in transformer.config.items() if key in own})
     for block in transformer.transformer_blocks:

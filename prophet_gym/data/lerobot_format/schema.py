@@ -18,7 +18,6 @@ CHUNKS_SIZE = 1000
 IMAGE_KEY = "observation.images.agentview"
 FILE_PATTERN = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 DATA_PATH = f"data/{FILE_PATTERN}.parquet"
-VIDEO_PATH = f"videos/{{video_key}}/{FILE_PATTERN}.mp4"
 EPISODES_PATH = f"meta/episodes/{FILE_PATTERN}.parquet"
 ACTION_CONVENTION = (
     "frame_stride actions of 7 values for each arm in [-1, 1], executed between this row's frame and the next one: "

@@ -272,7 +272,10 @@ class LeRobotWriter:
         return [found[index] for index in range(total)]
 
     def _check_settings(self, path: Path, stored: Mapping[str, Any]) -> None:
-        if stored.get("settings") != self._settings():
+        ours = self._settings()
+        theirs = {"camera": ours["camera"]} | stored.get("settings", {})  # files of before do not say it
+        same = all(theirs.get(name) == value for name, value in ours.items() if name != "camera")
+        if not same or theirs.keys() != ours.keys() or not _same_camera(theirs["camera"], ours["camera"]):
             raise ValueError(
                 f"{path} was written with the settings {stored.get('settings')}, this writer has "
                 f"{self._settings()}: use another folder, or delete the file and record it again."
@@ -291,6 +294,7 @@ class LeRobotWriter:
             "frame_stride": self.frame_stride,
             "image_size": list(self.image_size),
             "robot": self.robot,
+            "camera": self.camera,
         } | ({} if self.video else {"video": False})
 
     def _features(self) -> dict[str, dict[str, Any]]:
@@ -331,6 +335,14 @@ def _camera_to_lists(camera: Mapping[str, Any]) -> dict[str, Any]:
                 f"The camera's {name} must be a finite matrix of shape {shapes[name]}, got {camera[name]!r}."
             )
     return {name: matrix.tolist() for name, matrix in matrices.items()}
+
+
+def _same_camera(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two cameras, or cameras of suites, are the same but for rounding."""
+    return one.keys() == other.keys() and all(
+        _same_camera(value, other[name]) if isinstance(value, Mapping) else np.allclose(value, other[name])
+        for name, value in one.items()
+    )
 
 
 def _to_png(frame: NDArray[np.uint8]) -> bytes:
