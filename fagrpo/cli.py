@@ -163,7 +163,7 @@ def train(arguments: argparse.Namespace) -> int:
     from prophet_gym.envs.models import checkpoint_path
     from prophet_gym.run_folder import claim, weights_checksum
 
-    names = ("suite", "max_chunks", "dtype", "world_model", "reward_model", "start_states")
+    names = ("suite", "max_chunks", "dtype", "world_model", "reward_model", "reward_type", "start_states")
     given = {name: getattr(arguments, name) for name in names}
     env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
@@ -178,6 +178,7 @@ def train(arguments: argparse.Namespace) -> int:
         "group_size": arguments.group_size,
         "batch_size": arguments.batch_size,
         "n_epochs": arguments.epochs,
+        "advantage_eps": arguments.advantage_eps,
         "ratio": arguments.ratio,
         "flow_scale": arguments.flow_scale,
         "flow_scale_placement": arguments.flow_scale_placement,
@@ -278,6 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--start-states", help="argument of Prophet's environments: table of starts of your own")
     learn.add_argument("--world-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--reward-model", help="argument of Prophet's environments, name or folder")
+    learn.add_argument("--reward-type", help="argument of Prophet's environments: sparse or probability")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
     learn.add_argument(
         "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"
@@ -291,6 +293,13 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--batch-size", type=positive_int, default=256, help="actions of an optimiser step")
     learn.add_argument("--epochs", type=positive_int, default=2, help="how often each rollout is used")
     learn.add_argument("--learning-rate", type=float, default=1e-5, help="8e-5 with --sde-window 4 and --target-kl 0.1")
+    learn.add_argument(
+        "--advantage-eps",
+        type=float,
+        default=1e-6,
+        help="added to the spread of a group's returns: 0.1 with --reward-type probability, whose small differences "
+        "say little",
+    )
     learn.add_argument("--ratio", choices=RATIOS, default="chunk", help="what one probability ratio is of")
     learn.add_argument("--flow-scale", choices=FLOW_SCALES, default="paper", help="weights of the flow steps")
     learn.add_argument("--flow-scale-placement", choices=PLACEMENTS, default="advantage", help="where they stand")
