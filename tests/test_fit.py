@@ -160,5 +160,5 @@ def test_a_checkpoint_of_more_processes_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_stage_is_refused_by_name(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "point" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="delete it to train that stage again"):
+    with pytest.raises(ValueError, match="Delete it to train that stage again"):
         run(tmp_path)

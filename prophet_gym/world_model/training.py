@@ -356,8 +356,8 @@ def train(
     )
 
     set_robots(pipeline, train_arrays)
-    check_validation(pipeline, val_arrays)
     _check_frames(pipeline, train_arrays)
+    check_validation(pipeline, val_arrays)
     has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     fit_proprioception(pipeline, train_arrays, out, recipe, seed)
     latents = fit_autoencoder(pipeline, train_arrays, out, recipe, seed)
