@@ -193,9 +193,8 @@ def record(
                 progress.update()
             if failed := next((job for job in jobs if job.done() and job.exception()), None):
                 failed.result()  # raises
-        except (
-            BaseException
-        ) as error:  # a KeyboardInterrupt too: else the pool would record what is left before it ends
+        except BaseException as error:
+            # A KeyboardInterrupt too: else the pool would record all that is left before it ends.
             stop.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):

@@ -274,8 +274,7 @@ class LeRobotWriter:
     def _check_settings(self, path: Path, stored: Mapping[str, Any]) -> None:
         ours = self._settings()
         theirs = {"camera": ours["camera"]} | stored.get("settings", {})  # files of before do not say it
-        same = all(theirs.get(name) == value for name, value in ours.items() if name != "camera")
-        if not same or theirs.keys() != ours.keys() or not _same_camera(theirs["camera"], ours["camera"]):
+        if theirs | {"camera": None} != ours | {"camera": None} or not _same_camera(theirs["camera"], ours["camera"]):
             raise ValueError(
                 f"{path} was written with the settings {stored.get('settings')}, this writer has "
                 f"{self._settings()}: use another folder, or delete the file and record it again."
