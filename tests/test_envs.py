@@ -243,6 +243,29 @@ def test_without_video_the_motion_alone_is_judged(real: dict[str, Any]) -> None:
         np.testing.assert_allclose(infos["success_probability"], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_what_the_judge_remembers_is_of_the_episode_at_hand(real: dict[str, Any], mode: str, video: bool) -> None:
+    """Whatever else has ended, begun anew or been left alone: it says what it would of the whole rollout."""
+    arguments = {**real, "max_chunks": 2, "autoreset_mode": mode}
+    envs = ProphetVectorEnv(num_envs=3, **arguments, video=video)
+    judge = envs.reward_model
+    assert isinstance(judge, SuccessClassifier)
+    envs.reset(seed=0)
+    rng, lengths = np.random.default_rng(0), set()
+    for step in range(6):
+        envs.paused = np.array([False, step == 1, step == 2])  # so that their episodes are of different lengths
+        envs.step(rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32))
+        starts = envs._starts_of(np.arange(3))
+        expected = judge.score(
+            envs._clips if video else None, envs._proprio, envs._lengths, [start.instruction for start in starts],
+            envs._embeddings, np.stack([start.image for start in starts]), ["libero_object"] * 3,
+        )  # fmt: skip
+        np.testing.assert_allclose(envs._probability, expected, atol=1e-6)
+        lengths.add(tuple(envs._lengths.tolist()))
+    assert any(len(set(some)) > 1 for some in lengths)
+
+
 def test_without_video_state_is_restored_and_nothing_can_be_seen(real: dict[str, Any]) -> None:
     envs = ProphetVectorEnv(num_envs=3, **real, video=False)
     envs.reset(seed=0)

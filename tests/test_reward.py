@@ -15,7 +15,7 @@ from torch.nn import functional
 from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.reward.base import balanced_thresholds, thresholds
+from prophet_gym.reward.base import RememberingRewardModel, balanced_thresholds, clip_places, thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
     _fit_logistic,
@@ -88,8 +88,9 @@ def test_the_motion_sees_what_was_there_when_the_episode_began() -> None:
     starts[2, 14:22, 44:52] = 255
     projection = judge.projection(["known"] * 3)
     with torch.no_grad():
-        gray, first, second = judge.view(starts, proprio, projection).unflatten(2, (2, -1)).unbind()  # (T, K, D)
-        blind = judge.view(starts, proprio, judge.projection(["unknown"] * 3))
+        features = judge.view.features(starts)
+        gray, first, second = judge.view(features, proprio, projection).unflatten(2, (2, -1)).unbind()  # (T, K, D)
+        blind = judge.view(features, proprio, judge.projection(["unknown"] * 3))
     changed = [
         [(one[time, arm] != gray[time, arm]).any().item() for arm in (0, 1)]
         for time in (0, 1)
@@ -110,7 +111,7 @@ def test_the_height_of_a_hand_does_not_hide_what_is_below_it() -> None:
         for height, seen in ((0.0, True), (0.6, False)):
             proprio = torch.zeros(2, 1, 8)
             proprio[..., 2] = height
-            nothing, thing = judge.view(starts, proprio, judge.projection(["side"] * 2))
+            nothing, thing = judge.view(judge.view.features(starts), proprio, judge.projection(["side"] * 2))
             assert (nothing != thing).any().item() == seen
 
 
@@ -289,6 +290,28 @@ def test_environments_hear_the_judge_that_was_calibrated(video: bool) -> None:
         given = frames[:, :length] if video else None
         score = classifier.score(given, proprio[:, :length], lengths, *told)
         np.testing.assert_allclose(score, expected.unflatten(0, (3, -1))[:, length - 1].detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_what_a_judge_remembers_takes_the_place_of_seeing_it_again(video: bool, new: int) -> None:
+    classifier, arrays = SuccessClassifier.tiny_random(), episodes(3, told_by="motion")
+    classifier.register_to_config(cameras={"libero_object": FROM_ABOVE})
+    frames, proprio = (value.unflatten(0, (3, -1)).numpy() for value in (arrays.frames, arrays.proprio))
+    task = arrays.instructions, embed_instructions(arrays.instructions)
+    starts = arrays.first_frames.numpy()
+    memory, seen = classifier.init_memory(proprio[:, 0], starts), 0
+    for length in (1, *range(1 + new, frames.shape[1] + 1, new)):
+        lengths = np.full(3, length)
+        clips = frames[np.arange(3)[:, None], clip_places(lengths).T] if video else None
+        before = {name: kept.clone() for name, kept in memory.items()}
+        scores, changed = classifier.score_next(memory, clips, proprio[:, seen:length], *task, arrays.suites)
+        assert all(torch.equal(memory[name], kept) for name, kept in before.items())
+        given = frames[:, :length] if video else None
+        whole = classifier.score(given, proprio[:, :length], lengths, *task, starts, arrays.suites)
+        np.testing.assert_allclose(scores, whole, atol=1e-6)
+        memory, seen = memory | changed, length
+    assert isinstance(classifier, RememberingRewardModel)
 
 
 def test_no_more_failures_pass_than_allowed_however_sure_the_judge_is() -> None:

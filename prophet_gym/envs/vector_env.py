@@ -27,7 +27,13 @@ from prophet_gym.envs.start_states import (
     load_start_states,
     user_start,
 )
-from prophet_gym.reward.base import RewardModel, thresholds, warn_of_unknown_suite
+from prophet_gym.reward.base import (
+    RememberingRewardModel,
+    RewardModel,
+    clip_places,
+    thresholds,
+    warn_of_unknown_suite,
+)
 
 Observation = dict[str, NDArray[Any]]
 
@@ -36,6 +42,7 @@ REWARD_TYPES = ("sparse", "probability")
 _STATE = (
     "_history",
     "_state",
+    "_memory",
     "_embeddings",
     "_lengths",
     "_probability",
@@ -183,6 +190,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._paused = np.zeros(num_envs, np.bool_)
         self._history: torch.Tensor | None = None  # (num_envs, T_h, C, h, w)
         self._state: torch.Tensor | None = None  # (num_envs, S)
+        self._memory: dict[str, torch.Tensor] = {}  # the judge's, (num_envs, ...)
         self._starts: list[StartState | None] = [None] * num_envs
         self._members = np.zeros(num_envs, np.int64)  # of the world model's ensemble
         self._seeds: list[int] = [-1] * num_envs
@@ -466,7 +474,17 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         for i, start in zip(rows.tolist(), starts, strict=True):
             self._starts[i] = start
             self._embeddings[i] = instruction_embedding(start.instruction)
-        self._judge(rows)
+        if isinstance(self.reward_model, RememberingRewardModel):
+            memory = self.reward_model.init_memory(proprio, images)
+            if not self._memory:
+                self._memory = {name: new.new_zeros((self.num_envs, *new.shape[1:])) for name, new in memory.items()}
+            self._remember(index, memory)
+        self._judge(rows, 1)
+
+    def _remember(self, index: torch.Tensor, memory: Mapping[str, torch.Tensor]) -> None:
+        """Let the judge remember this of envs ``index``."""
+        for name, new in memory.items():
+            self._memory[name][index] = new
 
     def _starts_of(self, rows: NDArray[np.int64]) -> list[StartState]:
         """The starts of envs ``rows``, all of which have been reset."""
@@ -513,23 +531,37 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self._state[index] = state
         self._proprio[rows[:, None], new] = proprio.numpy()
         self._lengths[rows] += self.world_model.chunk_frames
-        self._judge(rows)
+        self._judge(rows, self.world_model.chunk_frames)
 
-    def _judge(self, rows: NDArray[np.int64]) -> None:
-        """Let the reward model see the episodes of envs ``rows``."""
+    def _judge(self, rows: NDArray[np.int64], new: int) -> None:
+        """Let the reward model see the episodes of envs ``rows``, of which so many frames are new."""
         lengths = self._lengths[rows]
-        chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
         episodes = self._starts_of(rows)
         suites = self._suites_of(episodes)
-        probability = self.reward_model.score(
-            self._clips[chosen, : lengths.max()] if self.video else None,
-            self._proprio[chosen, : lengths.max()],
-            lengths,
-            [start.instruction for start in episodes],
-            self._embeddings[rows],
-            self._clips[chosen, 0],
-            suites,
-        )
+        instructions = [start.instruction for start in episodes]
+        if isinstance(self.reward_model, RememberingRewardModel):
+            index = torch.from_numpy(rows)
+            whole = rows.size == self.num_envs
+            probability, memory = self.reward_model.score_next(
+                self._memory if whole else {name: kept[index] for name, kept in self._memory.items()},
+                self._clips[rows[:, None], clip_places(lengths).T] if self.video else None,
+                self._proprio[rows[:, None], lengths[:, None] + np.arange(-new, 0)],
+                instructions,
+                self._embeddings[rows],
+                suites,
+            )
+            self._remember(index, memory)
+        else:
+            chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
+            probability = self.reward_model.score(
+                self._clips[chosen, : lengths.max()] if self.video else None,
+                self._proprio[chosen, : lengths.max()],
+                lengths,
+                instructions,
+                self._embeddings[rows],
+                self._clips[chosen, 0],
+                suites,
+            )
         if np.shape(probability) != rows.shape or not ((probability >= 0) & (probability <= 1)).all():
             raise ValueError(
                 f"The reward model must return {len(rows)} probabilities in [0, 1], one for each env, got {probability}"

@@ -35,7 +35,7 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
             rows = torch.randint(len(actions), (BATCH_SIZE,))
             noisy = actions[rows] + 0.03 * torch.randn(BATCH_SIZE, 1, actions.shape[-1])
             inside = torch.arange(actions.shape[1]) < steps[rows, None]  # the shorter episodes repeat their last step
-            logits = network(noisy, embeddings[rows])[inside]
+            logits = network(noisy, embeddings[rows])[0][inside]
             loss = F.binary_cross_entropy_with_logits(logits, solved[rows][inside])
             optimizer.zero_grad()
             loss.backward()
@@ -43,7 +43,7 @@ def predict_from_actions(train_arrays: EpisodeArrays, arrays: EpisodeArrays, chu
             schedule.step()
     with torch.inference_mode():
         actions, embeddings, _ = _inputs(arrays, int(arrays.lengths.min()) - 1)
-        probability = torch.sigmoid(network.eval()(actions, embeddings))
+        probability = torch.sigmoid(network.eval()(actions, embeddings)[0])
     return probability[:, chunk_frames - 1 :: chunk_frames].double().numpy()
 
 

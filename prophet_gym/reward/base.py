@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -17,7 +18,8 @@ class RewardModel(Protocol):
             for each suite. Above 1, none ever is.
         motion_threshold: the same for the probabilities that it gives without frames (environments with `video=False`).
 
-    It may have `balanced_threshold` and `balanced_motion_threshold` too, by which `evaluate_in_prophet` counts.
+    It may have `balanced_threshold` and `balanced_motion_threshold` too, by which `evaluate_in_prophet` counts; and
+    methods by which it need not go through all of a rollout at each step, see :class:`RememberingRewardModel`.
     """
 
     threshold: float | Mapping[str, float]
@@ -49,6 +51,44 @@ class RewardModel(Protocol):
             float32 (B,) in [0, 1]; environments refuse anything else.
         """
         ...
+
+
+@runtime_checkable
+class RememberingRewardModel(RewardModel, Protocol):
+    """A judge that is told by environments of what is new alone, and says what `score` would."""
+
+    def init_memory(self, proprio: NDArray[np.float32], starts: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        """Return what it remembers of rollouts of which it has seen no frame: tensors (B, ...).
+
+        Args:
+            proprio: float32 (B, P), at the first frame. starts: uint8 (B, H, W, 3), the first frames.
+        """
+        ...
+
+    def score_next(
+        self,
+        memory: Mapping[str, torch.Tensor],
+        clips: NDArray[np.uint8] | None,
+        proprio: NDArray[np.float32],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+        suites: Sequence[str],
+    ) -> tuple[NDArray[np.float32], dict[str, torch.Tensor]]:
+        """Return the probabilities after some more frames and, of what is remembered, what has changed.
+
+        Args:
+            memory: from `init_memory`, brought up to date by what this method has returned since. Not written to.
+            clips: uint8 (B, 3, H, W, 3), see :func:`clip_places`; None where only the motion was imagined.
+            proprio: float32 (B, n, P), at the n frames that are new; the first frame is one of them.
+            instructions, embeddings, suites: as in `score`.
+        """
+        ...
+
+
+def clip_places(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in rollouts of these lengths (B,) the three frames of a judge's clip are: start, last but one and last,
+    int64 (3, B)."""
+    return np.stack([np.zeros_like(lengths), np.maximum(lengths - 2, 0), lengths - 1])
 
 
 def thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:

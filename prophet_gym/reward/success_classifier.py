@@ -1,6 +1,6 @@
 """A learned judge: does the video show the task solved? Trained on real episodes with the simulator's verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from prophet_gym.data.camera import project_points, projections_of
 from prophet_gym.data.episode import PROPRIO_DIM, finger_openings, per_arm
+from prophet_gym.reward.base import clip_places
 
 FINGER_SCALES = (0.02, 0.002)
 """Openings of the fingers that are one to the network, metres: a hand may be open or closed, and a closed one empty
@@ -39,12 +40,15 @@ class SequenceWitness(nn.Module):
         self.recurrent = nn.GRU(2 * hidden_dim, hidden_dim, batch_first=True)
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(hidden_dim, 1))
 
-    def forward(self, sequence: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T) after each element of the sequence (B, T, D); each depends on nothing later."""
+    def forward(
+        self, sequence: torch.Tensor, embeddings: torch.Tensor, memory: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, T) after each element of the sequence (B, T, D), each of which depends on nothing later, and the
+        memory (B, hidden_dim) after the last; given one, the sequence is taken for what follows."""
         hidden = self.sequence_in(sequence)
         task = self.task_in(embeddings.to(hidden.dtype))[:, None].expand_as(hidden)
-        logits: torch.Tensor = self.head(self.recurrent(torch.cat([hidden, task], dim=-1))[0])[..., 0]
-        return logits
+        states, last = self.recurrent(torch.cat([hidden, task], dim=-1), None if memory is None else memory[None])
+        return self.head(states)[..., 0], last[0]
 
 
 class StartView(nn.Module):
@@ -56,7 +60,7 @@ class StartView(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Fine, for what counts is a matter of a pixel; and few channels, for the judge looks again at every chunk.
+        # Fine, for what counts is a matter of a pixel; and few channels, which are kept for a whole episode.
         self.stem = nn.Sequential(
             nn.Conv2d(3, 8, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -69,22 +73,27 @@ class StartView(nn.Module):
         self.register_buffer("offsets", grid, persistent=False)
         self.head = nn.Sequential(nn.Linear(8 * len(VIEW_DEPTHS) * len(grid), VIEW_DIM), nn.SiLU())
 
-    def forward(self, starts: torch.Tensor, proprio: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    def features(self, starts: torch.Tensor) -> torch.Tensor:
+        """Features (B, 8, H / 2, W / 2) of the first frames, uint8 (B, H, W, 3), H and W even: once an episode."""
+        pixels = starts.permute(0, 3, 1, 2).to(self.head[0].weight.dtype).div_(127.5).sub_(1.0)  # a copy
+        features: torch.Tensor = self.stem(pixels)
+        return features
+
+    def forward(self, features: torch.Tensor, proprio: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
         """Look at each time.
 
         Args:
-            starts: uint8 (B, H, W, 3), the first frames, H and W even.
+            features: float (B, 8, H / 2, W / 2), of the first frames.
             proprio: float (B, T, 8 K). projection: float32 (B, K, 3, 4), the cameras; zeros where it is not known.
 
         Returns:
             float (B, T, VIEW_DIM K), arm by arm; zeros where the camera is not known.
         """
         batch, arms = projection.shape[:2]
-        features = self.stem(starts.permute(0, 3, 1, 2).to(proprio.dtype).div_(127.5).sub_(1.0))  # a copy
         hands = per_arm(proprio, arms)[..., :3]  # (B K, T, 3)
         below = hands.new_tensor([[0.0, 0.0, depth] for depth in VIEW_DEPTHS])
         places, _ = project_points(hands[:, :, None] - below, projection.flatten(0, 1))
-        size = torch.tensor([starts.shape[2], starts.shape[1]], device=places.device)
+        size = 2 * torch.tensor([features.shape[3], features.shape[2]], device=places.device)  # of the frame, pixels
         grid = 2 * (places[:, :, :, None] + self.offsets) / size - 1  # (B K, T, depths, offsets, 2)
         # One picture of all that an env's hands see, one time below the other.
         grid = grid.flatten(2, 3).unflatten(0, (batch, arms)).flatten(1, 2)
@@ -237,17 +246,32 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the proprioception is that of robots of another number of arms.
         """
-        if proprio.shape[2] != len(self.proprio_mean):
+        return self._go_on(self._begin(proprio[:, 0], starts), proprio, embeddings, projection)[0]
+
+    def _begin(self, proprio: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is remembered of episodes that have not gone on from there: (B, P) and uint8 (B, H, W, 3)."""
+        if proprio.shape[1] != len(self.proprio_mean):
             raise ValueError(
                 f"This judge was trained on proprioception of {len(self.proprio_mean)} numbers and got "
-                f"{proprio.shape[2]}: train one for this world model (`prophet train-reward --world-model`)."
+                f"{proprio.shape[1]}: train one for this world model (`prophet train-reward --world-model`)."
             )
-        poses = (proprio - self.proprio_mean) / self.proprio_std
+        motion = proprio.new_zeros(len(proprio), self.config.hidden_dim)
+        return {"motion": motion, "first_pose": proprio, "view": self.view.features(starts)}
+
+    def _go_on(
+        self,
+        memory: Mapping[str, torch.Tensor],
+        proprio: torch.Tensor,
+        embeddings: torch.Tensor,
+        projection: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the motion (B, n) at the next n times, whose proprioception is (B, n, P), and its memory then."""
+        poses, first = ((poses - self.proprio_mean) / self.proprio_std for poses in (proprio, memory["first_pose"]))
         opening = (finger_openings(proprio)[..., None] / proprio.new_tensor(FINGER_SCALES)).flatten(-2)
-        seen = self.view(starts, proprio, projection)
-        motion = torch.cat([poses, poses - poses[:, :1], opening.clamp(-1.0, 4.0), seen], dim=-1)
-        logits: torch.Tensor = self.motion(motion, embeddings)
-        return logits
+        seen = self.view(memory["view"], proprio, projection)
+        told = torch.cat([poses, poses - first[:, None], opening.clamp(-1.0, 4.0), seen], dim=-1)
+        logits, last = self.motion(told, embeddings, memory["motion"])
+        return logits, last
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
         """Calibrated probabilities (B,) of the logits of frames and motion, (B, 2)."""
@@ -272,12 +296,38 @@ class SuccessClassifier(ModelMixin, ConfigMixin):
         rows = np.arange(len(lengths))
         motion, task, first = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings, starts))
         moved = self.motion_logits(motion, task, first, self.projection(suites))[rows, lengths - 1]
-        if frames is None:
+        clips = None
+        if frames is not None:
+            clips = np.stack([frames[rows, place] for place in clip_places(lengths)], axis=1)
+        return self._verdicts(clips, moved, task)
+
+    @torch.inference_mode()
+    def init_memory(self, proprio: NDArray[np.float32], starts: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        """What it knows before the first frame, see `RememberingRewardModel.init_memory`."""
+        return self._begin(torch.from_numpy(proprio).to(self.device), torch.from_numpy(starts).to(self.device))
+
+    @torch.inference_mode()
+    def score_next(
+        self,
+        memory: Mapping[str, torch.Tensor],
+        clips: NDArray[np.uint8] | None,
+        proprio: NDArray[np.float32],
+        instructions: Sequence[str],
+        embeddings: NDArray[np.float32],
+        suites: Sequence[str],
+    ) -> tuple[NDArray[np.float32], dict[str, torch.Tensor]]:
+        """The same, of rollouts that go on, see `RememberingRewardModel.score_next`."""
+        motion, task = (torch.from_numpy(values).to(self.device) for values in (proprio, embeddings))
+        logits, last = self._go_on(memory, motion, task, self.projection(suites))
+        return self._verdicts(clips, logits[:, -1], task), {"motion": last}
+
+    def _verdicts(
+        self, clips: NDArray[np.uint8] | None, moved: torch.Tensor, embeddings: torch.Tensor
+    ) -> NDArray[np.float32]:
+        """Probabilities (B,) by clips, as in `forward`, and logits of the motion (B,); or by the latter alone."""
+        if clips is None:
             probability = self.motion_probability(moved)
         else:
-            clips = np.stack(
-                [frames[:, 0], frames[rows, np.maximum(lengths - 2, 0)], frames[rows, lengths - 1]], axis=1
-            )
-            seen = self(torch.from_numpy(clips).to(self.device), task)
+            seen = self(torch.from_numpy(clips).to(self.device), embeddings)
             probability = self.probability(torch.stack([seen, moved], dim=1))
         return probability.float().cpu().numpy()
