@@ -478,13 +478,13 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
             memory = self.reward_model.init_memory(proprio, images)
             if not self._memory:
                 self._memory = {name: new.new_zeros((self.num_envs, *new.shape[1:])) for name, new in memory.items()}
-            self._remember(index, memory)
+            self._remember(rows, memory)
         self._judge(rows, 1)
 
-    def _remember(self, index: torch.Tensor, memory: Mapping[str, torch.Tensor]) -> None:
-        """Let the judge remember this of envs ``index``."""
+    def _remember(self, rows: NDArray[np.int64], memory: Mapping[str, torch.Tensor]) -> None:
+        """Let the judge remember this of envs ``rows``."""
         for name, new in memory.items():
-            self._memory[name][index] = new
+            self._memory[name][torch.from_numpy(rows)] = new
 
     def _starts_of(self, rows: NDArray[np.int64]) -> list[StartState]:
         """The starts of envs ``rows``, all of which have been reset."""
@@ -536,23 +536,21 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     def _judge(self, rows: NDArray[np.int64], new: int) -> None:
         """Let the reward model see the episodes of envs ``rows``, of which so many frames are new."""
         lengths = self._lengths[rows]
+        chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all that there is
         episodes = self._starts_of(rows)
         suites = self._suites_of(episodes)
         instructions = [start.instruction for start in episodes]
         if isinstance(self.reward_model, RememberingRewardModel):
-            index = torch.from_numpy(rows)
-            whole = rows.size == self.num_envs
             probability, memory = self.reward_model.score_next(
-                self._memory if whole else {name: kept[index] for name, kept in self._memory.items()},
+                {name: kept[chosen] for name, kept in self._memory.items()},
                 self._clips[rows[:, None], clip_places(lengths).T] if self.video else None,
                 self._proprio[rows[:, None], lengths[:, None] + np.arange(-new, 0)],
                 instructions,
                 self._embeddings[rows],
                 suites,
             )
-            self._remember(index, memory)
+            self._remember(rows, memory)
         else:
-            chosen = slice(None) if rows.size == self.num_envs else rows  # not a copy of all the video
             probability = self.reward_model.score(
                 self._clips[chosen, : lengths.max()] if self.video else None,
                 self._proprio[chosen, : lengths.max()],
