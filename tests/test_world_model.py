@@ -270,7 +270,7 @@ def test_save_and_load_give_the_same_video(pipeline: ProphetPipeline, tmp_path: 
 def test_wrong_shapes_are_named(pipeline: ProphetPipeline, name: str, shape: tuple[int, ...]) -> None:
     values = {
         "history": torch.zeros(2, 3, 4, 12, 12),
-        "state": torch.zeros(2, 48),
+        "state": torch.zeros(2, 49),
         "actions": torch.zeros(2, 8, 7),
         "images": torch.zeros(2, 2, 96, 96, 3, dtype=torch.uint8),
         "suites": SUITES[:2],
@@ -635,6 +635,80 @@ def test_a_memory_moves_the_robot_by_the_map_and_by_the_correction(left_out: str
     mindful[:, 24:32] = 1.0
     what_else = (torch.rand(1, 4, 7), torch.rand(1, 3, 96, 96), CAMERA[:, None], torch.zeros(1, dtype=torch.int64))
     assert not torch.equal(model(forgetful, *what_else)[:, :8], model(mindful, *what_else)[:, :8])
+
+
+@torch.no_grad()
+def listening() -> ProphetPipeline:
+    """Two robots, of which the second has learned from rehearsed episodes."""
+    pipeline = ProphetPipeline.tiny_random()
+    pipeline.register_to_config(robots=[["panda", ["libero_object"]], ["sawyer", ["metaworld"]]])
+    for weight in pipeline.proprioception.parameters():  # a fresh one corrects nothing
+        weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    for layer in told_layers(pipeline.proprioception):
+        layer.weight[:, 16:24] = 0
+        layer.weight[:, 17] = 1
+    return pipeline
+
+
+def told_layers(model: ProprioceptionModel) -> list[torch.nn.Linear]:
+    """Those that hear whether actions are rehearsed, in their columns 16 to 24: of each of eight slots."""
+    return [model.members[0].where[0], model.members[0].encoder]
+
+
+def test_a_robot_is_moved_as_its_actions_are_meant() -> None:
+    """By what its robot has learned from rehearsed episodes, unless they were recorded; each as if it were alone."""
+    pipeline, (images, proprio, actions) = listening(), inputs(4)
+    images, proprio, actions = (value[:1].expand(4, *value.shape[1:]) for value in (images, proprio, actions))
+    suites = ["metaworld", "metaworld", "libero_object", "libero_object"]
+    told = torch.tensor([True, False, True, False])
+    moved = []
+    for rehearsed in (told, ~told, torch.ones(4, dtype=torch.bool), None):
+        state = pipeline.init_state(proprio, rehearsed=rehearsed)
+        for _ in range(2):
+            poses, state = pipeline.imagine_motion(state, actions, images, suites)
+        moved.append(poses)
+    assert torch.equal(moved[2], moved[3]), "who acts in Prophet need not say so"
+    torch.testing.assert_close(moved[0], moved[1][[1, 0, 3, 2]])
+    assert not torch.allclose(moved[0][0], moved[0][1], atol=1e-4)
+    torch.testing.assert_close(moved[0][2], moved[0][3])
+
+
+@pytest.mark.parametrize("kind", ["clean", "policy", "rehearsed"])
+def test_an_episode_is_imagined_as_it_was_recorded(kind: str) -> None:
+    arrays, pipeline = episodes(3, length=5), listening()
+    pipeline.register_to_config(robots=[["sawyer", []], ["panda", ["libero_object"]]])
+    arrays = replace(arrays, records=tuple(replace(record, kind=kind) for record in arrays.records))
+    assert arrays.rehearsed.tolist() == [kind == "rehearsed"] * 3
+    imagined = [
+        pipeline.replay(
+            arrays.first_frames,
+            arrays.proprio[arrays.starts],
+            arrays.actions.view(3, 5, 4, 7)[:, :4].flatten(1, 2),
+            arrays.suites,
+            generators(3),
+            rehearsed=torch.full((3,), rehearsed),
+        )[1]
+        for rehearsed in (False, True)
+    ]
+    expected, other = imagined if kind != "rehearsed" else imagined[::-1]
+    _, poses = replay_episodes(pipeline, arrays, torch.arange(3), [0, 1, 2])
+    motions = imagine_motions(pipeline, arrays).proprio.view(3, 5, 8)
+    for shown in (poses, motions):
+        torch.testing.assert_close(shown, expected)
+        assert not torch.allclose(shown, other, atol=1e-4)
+
+
+def test_only_rehearsed_episodes_teach_what_rehearsed_actions_mean() -> None:
+    """And they alone of their robot: the columns of the others stay zero."""
+    arrays, pipeline = episodes(4), ProphetPipeline.tiny_random()
+    rehearsed = tuple(replace(record, kind="rehearsed") for record in arrays.records)
+    for records, taught in ((arrays.records, False), (rehearsed, True)):
+        loss = ProprioceptionLoss(pipeline, replace(arrays, records=records), 8, steps=1)
+        loss(0, torch.Generator().manual_seed(0))[0].backward()
+        for layer in told_layers(pipeline.proprioception):
+            assert layer.weight.grad is not None
+            assert layer.weight.grad[:, 16:24].any(dim=0).tolist() == [taught] + [False] * 7
+        pipeline.proprioception.zero_grad()
 
 
 def test_a_member_alone_has_the_ensembles_own_weights() -> None:

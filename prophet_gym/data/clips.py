@@ -57,14 +57,19 @@ class EpisodeArrays:
         return [record.instruction for record in self.records]
 
     @property
+    def rehearsed(self) -> Tensor:
+        """Whether the actions of each episode answered to a world model and not to what really happened, bool (E,)."""
+        return torch.tensor([record.kind == "rehearsed" for record in self.records])
+
+    @property
     def episode_of_row(self) -> Tensor:
         """Index of the episode that each row belongs to, int64 (N,)."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
 
     def checksum(self) -> int:
-        """One number for what the episodes begin with, what is done and becomes of it, and whose they are, to tell
-        whether these are the same ones (imagined ones have another proprioception)."""
-        whose = [(record.robot, record.suite, record.instruction) for record in self.records]
+        """One number for what the episodes begin with, what is done and becomes of it, whose they are and of what kind,
+        to tell whether these are the same ones (imagined ones have another proprioception)."""
+        whose = [(record.robot, record.suite, record.instruction, record.kind) for record in self.records]
         checksum = zlib.crc32(repr((whose, self.frames.shape)).encode())
         for values in (self.first_frames, self.actions, self.proprio, self.success):
             checksum = zlib.crc32(values.contiguous().view(-1).view(torch.uint8).numpy(), checksum)

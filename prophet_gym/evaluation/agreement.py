@@ -311,7 +311,9 @@ def actions_report(
                 actions,
                 arrays.suites[:count],
                 [torch.Generator().manual_seed(one) for one in episode_seeds(torch.arange(count), seed)],
-                member=episode_folds(arrays, pipeline.num_members)[:count],  # as the own ones, see `replay_episodes`
+                # As the own ones, see `replay_episodes`.
+                member=episode_folds(arrays, pipeline.num_members)[:count],
+                rehearsed=arrays.rehearsed[:count],
             )[0].numpy()
         report[f"psnr_{name}"] = float(_one_by_one(psnr, video, real[:count])[:, 1:].clamp(max=60).mean())
     return report
@@ -421,7 +423,8 @@ def _observed_states(pipeline: ProphetPipeline, arrays: EpisodeArrays, count: in
     projection, robot = pipeline.projection(suites).to(pipeline.device), pipeline.robot(suites).to(pipeline.device)
     start = frames_to_pixels(arrays.first_frames[:count]).to(pipeline.device)
     members = episode_folds(arrays, pipeline.num_members)[:count].to(pipeline.device)
-    bodies = [pipeline.proprioception.init_state(proprio[:, 0], members)]
+    rehearsed = arrays.rehearsed[:count].to(pipeline.device)
+    bodies = [pipeline.proprioception.init_state(proprio[:, 0], members, rehearsed)]
     for frame in range(1, length):
         body = pipeline.proprioception(bodies[-1], actions[:, frame - 1], start, projection, robot)
         bodies.append(torch.cat([proprio[:, frame], body[:, proprio.shape[2] :]], dim=1))

@@ -58,7 +58,7 @@ def replay_episodes(
         (N, T + 1, P): the first ones real, the others imagined.
     """
     rows = frame_rows(arrays, episodes, pipeline.chunk_frames)
-    members = episode_folds(arrays, pipeline.num_members)
+    members, rehearsed = episode_folds(arrays, pipeline.num_members), arrays.rehearsed
     clips, proprio = [], []
     for batch in tqdm(torch.arange(len(episodes)).split(batch_size), desc="imagining episodes", leave=False):
         clip, poses = pipeline.replay(
@@ -68,6 +68,7 @@ def replay_episodes(
             [arrays.records[episode].suite for episode in episodes[batch]],
             [torch.Generator().manual_seed(noise_seeds[index]) for index in batch],
             member=members[episodes[batch]],
+            rehearsed=rehearsed[episodes[batch]],
         )
         clips.append(clip)
         proprio.append(poses)
@@ -121,14 +122,14 @@ def imagine_motions(pipeline: ProphetPipeline, arrays: EpisodeArrays, batch_size
     pictures: a judge that trains on them learns what the motion looks like where Prophet errs. Members as in
     `replay_episodes`."""
     model = pipeline.proprioception
-    members = episode_folds(arrays, pipeline.num_members)
+    members, rehearsed = episode_folds(arrays, pipeline.num_members), arrays.rehearsed
     proprio = arrays.proprio.clone()
     for episodes in torch.arange(len(arrays.starts)).split(batch_size):
         starts, lengths = arrays.starts[episodes], arrays.lengths[episodes]
         suites = [arrays.records[episode].suite for episode in episodes]
         projection, robot = pipeline.projection(suites).to(model.device), pipeline.robot(suites).to(model.device)
         pixels = frames_to_pixels(arrays.first_frames[episodes]).to(model.device)
-        state = model.init_state(proprio[starts].to(model.device), members[episodes].to(model.device))
+        state = model.init_state(proprio[starts], members[episodes], rehearsed[episodes]).to(model.device)
         for frame in range(1, int(lengths.max())):
             rows = starts + lengths.minimum(torch.tensor(frame)) - 1  # where an episode is over, its last one
             state = model(state, arrays.actions[rows].to(model.device), pixels, projection, robot)

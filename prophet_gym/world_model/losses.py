@@ -94,6 +94,7 @@ class ProprioceptionLoss(ReplayLoss):
         others = episode_folds(arrays, pipeline.num_members) != member
         super().__init__(pipeline, arrays, batch_size, (others | ~others.any()) * suite_weights(arrays))
         self.model, self.steps, self.frames = pipeline.proprioception.member(member), steps, frames
+        self._rehearsed = arrays.rehearsed.float()
         self._pixels: torch.Tensor | None = None  # the robots' first frames
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -156,6 +157,7 @@ class ProprioceptionLoss(ReplayLoss):
         believed, rest = state.tensor_split([true.shape[1]], dim=1)
         believed = torch.where(told[:, None].to(device), true, believed)
         state = torch.cat([believed, rest], dim=1)
+        state[:, -2] = self._rehearsed[episodes].to(device)
         return {"episodes": episodes, "time": time, "gain": gain, "state": state}, begins
 
 

@@ -273,12 +273,17 @@ class ProphetPipeline(DiffusionPipeline):
         """Members of the ensemble of the proprioception."""
         return self.proprioception.config.num_members
 
-    def init_state(self, proprio: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
+    def init_state(
+        self, proprio: torch.Tensor, member: torch.Tensor | None = None, rehearsed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The state, float32 (B, S), of robots at rest.
 
         Args:
             proprio: float (B, P), metres and radians.
             member: int64 (B,) in [0, num_members), which member of the ensemble moves each robot; None: the first.
+            rehearsed: bool (B,), whether the actions to come answer to what Prophet imagines, as those of who acts in
+                it do, or to what really happened, as those of a recorded episode do; None: to what Prophet imagines.
+                See `ProprioceptionModel`.
 
         Raises:
             ValueError: a shape differs, or there is no such member.
@@ -293,7 +298,7 @@ class ProphetPipeline(DiffusionPipeline):
             if len(member) and not 0 <= int(member.min()) <= int(member.max()) < self.num_members:
                 raise ValueError(f"Members must be in 0 ... {self.num_members - 1}, got {member.tolist()}.")
         proprio = proprio.to(self.device, torch.float32)
-        return torch.cat([self.proprioception.init_state(proprio, member), init_hold(proprio)], dim=1)
+        return torch.cat([self.proprioception.init_state(proprio, member, rehearsed), init_hold(proprio)], dim=1)
 
     @torch.inference_mode()
     def imagine(
@@ -378,13 +383,14 @@ class ProphetPipeline(DiffusionPipeline):
         generator: list[torch.Generator] | torch.Generator | None = None,
         num_inference_steps: int | None = None,
         member: torch.Tensor | None = None,
+        rehearsed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Imagine whole episodes open loop, Prophet's own frames fed back.
 
         Args:
             images: uint8 (B, H, W, 3) start frames. proprio: float32 (B, P).
             actions: float32 (B, N, A); N is a multiple of chunk_size.
-            suites, generator, num_inference_steps: as in `imagine`. member: as in `init_state`.
+            suites, generator, num_inference_steps: as in `imagine`. member, rehearsed: as in `init_state`.
 
         Returns:
             Frames uint8 (B, 1 + N / frame_stride, H, W, 3), the start frame first, and the proprioception at each of
@@ -396,7 +402,7 @@ class ProphetPipeline(DiffusionPipeline):
         if actions.shape[1] % self.chunk_size:
             raise ValueError(f"Expected a multiple of {self.chunk_size} actions, got {actions.shape[1]}.")
         clip, poses = [torch.as_tensor(images)[:, None]], [proprio[:, None].float().cpu()]
-        history, state = self.init_history(images), self.init_state(proprio, member)
+        history, state = self.init_history(images), self.init_state(proprio, member, rehearsed)
         for chunk in actions.split(self.chunk_size, dim=1):
             latest = torch.stack([clip[0][:, 0], clip[-1][:, -1]], dim=1)
             imagined = self.imagine(history, state, chunk, latest, suites, generator, num_inference_steps)

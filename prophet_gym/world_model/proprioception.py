@@ -27,12 +27,18 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     own, of which one moves a robot for a whole episode (the TS-infinity sampling of Chua et al. 2018, arXiv
     1805.12114).
 
-    The state of a robot is its proprioception, its velocity, a memory and the number of its member, float (B,
-    P + velocity_dim K + hidden_dim + 1).
+    Actions are evidence, too: a policy that goes on to the plate has seen that it holds the bowl. In a recorded episode
+    they answer to what really happened, and an estimate does well to believe them; where a policy acts in Prophet they
+    answer to Prophet's own estimate, and to believe them is to delude oneself (Ortega et al. 2021, arXiv 2110.10819). A
+    model that has to serve both without knowing which hedges, so it is told: whether the actions are rehearsed.
 
-    Several robots share the weights. Each has a slot: its statistics, the mask of the actions that it obeys, and one
-    input that says which one it is. A robot of fewer than K arms obeys no action of the others, whose proprioception
-    stays what it is.
+    The state of a robot is its proprioception, its velocity, a memory, whether its actions are rehearsed, and the
+    number of its member, float (B, P + velocity_dim K + hidden_dim + 2).
+
+    Several robots share the weights. Each has a slot: its statistics, the mask of the actions that it obeys, and two
+    inputs, one that says which robot it is, and one that says so where its actions are rehearsed: a robot without
+    rehearsed training episodes moves as it does in recorded ones. A robot of fewer than K arms obeys no action of the
+    others, whose proprioception stays what it is.
 
     Args:
         num_arms (`int`, defaults to `1`): K. The proprioception has P = 8 K numbers, for each arm position (3, m),
@@ -111,7 +117,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     @property
     def state_dim(self) -> int:
         """Size of a robot's state."""
-        return self.proprio_dim + self.config.num_arms * self.config.velocity_dim + self.config.hidden_dim + 1
+        return self.proprio_dim + self.config.num_arms * self.config.velocity_dim + self.config.hidden_dim + 2
 
     def member(self, index: int) -> "ProprioceptionModel":
         """One member alone, as a model whose weights and statistics are this one's."""
@@ -136,10 +142,22 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         shape = (len(robot), *(1,) * (proprio.ndim - 2), -1)
         return (proprio - self.proprio_mean[robot].view(shape)) / self.proprio_std[robot].view(shape)
 
-    def init_state(self, proprio: torch.Tensor, member: torch.Tensor | None = None) -> torch.Tensor:
-        """The state (B, S) of robots at rest with this proprioception (B, P), moved by these members, int64 (B,), or by
-        the first one."""
+    def init_state(
+        self, proprio: torch.Tensor, member: torch.Tensor | None = None, rehearsed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The state of robots at rest.
+
+        Args:
+            proprio: float (B, P).
+            member: int64 (B,), which member moves each robot; None: the first one.
+            rehearsed: bool (B,), whether the actions to come answer to this model or to what really happened; None: to
+                this model.
+
+        Returns:
+            float (B, S).
+        """
         state = F.pad(proprio, (0, self.state_dim - proprio.shape[1]))
+        state[:, -2] = 1.0 if rehearsed is None else rehearsed
         if member is not None:
             state[:, -1] = member
         return state
@@ -170,10 +188,11 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         proprio = state[:, : self.proprio_dim]
         crop = look_around(start, proprio.detach(), projection, self.config.crop_size)
         which = F.one_hot(robot, self.config.robots).to(state)
+        rehearsed = state[:, -2:-1]
         # Bounded, so that a rollout that goes astray does not run away.
-        where = torch.cat([self.normalize(proprio, robot).clamp(-5, 5), which], dim=-1)
+        where = torch.cat([self.normalize(proprio, robot).clamp(-5, 5), which, which * rehearsed], dim=-1)
         obeyed = (actions * self.action_mask[robot][:, None]).flatten(1)
-        inputs = (state[:, self.proprio_dim : -1], obeyed, crop, where)
+        inputs = (state[:, self.proprio_dim : -2], obeyed, crop, where)
         # Each member moves its own robots.
         members = state[:, -1].long()
         order = members.argsort(stable=True)
@@ -182,7 +201,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         outputs = [member(*part) for member, part in zip(self.members, parts, strict=True) if len(part[0])]
         motion, rest = (torch.cat(values)[order.argsort()] for values in zip(*outputs, strict=True))
         usual = self.delta_std[robot] * self.arm_mask[robot].repeat_interleave(PROPRIO_DIM, dim=1)
-        return torch.cat([proprio + motion * usual, rest, state[:, -1:]], dim=-1)
+        return torch.cat([proprio + motion * usual, rest, state[:, -2:]], dim=-1)
 
 
 class _Member(nn.Module):
@@ -216,13 +235,16 @@ class _Member(nn.Module):
         # The affine map from velocity and actions to motion and the next velocity.
         rows = proprio_dim + velocity_dim
         self.where = nn.Sequential(
-            nn.Linear(proprio_dim + robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(proprio_dim + 2 * robots + hidden_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
         self.to_map = nn.Linear(width, rows * (velocity_dim + chunk + 1))
         nn.init.normal_(self.to_map.weight, std=0.01)
         self.to_map.bias.data.copy_(_usual_map(num_arms, velocity_dim, frame_stride).flatten())
         # What it leaves out. Gated: what an action does depends on what is there.
-        self.encoder = nn.Linear(proprio_dim + robots + velocity_dim + chunk + 64, 2 * width)
+        self.encoder = nn.Linear(proprio_dim + 2 * robots + velocity_dim + chunk + 64, 2 * width)
+        # Nothing, until a robot has rehearsed episodes to learn from.
+        for layer in (self.where[0], self.encoder):
+            nn.init.zeros_(layer.weight[:, proprio_dim + robots : proprio_dim + 2 * robots])
         self.cell = nn.GRUCell(width, hidden_dim)
         self.correction = nn.Sequential(nn.Linear(width + hidden_dim, width), nn.SiLU(), nn.Linear(width, rows))
         nn.init.zeros_(self.correction[-1].weight)
@@ -235,7 +257,8 @@ class _Member(nn.Module):
 
         Args:
             hidden_state: float (B, velocity_dim K + hidden_dim). actions: float (B, frame_stride A).
-            crop: float (B, 3 K, crop_size, crop_size). where: float (B, P + robots), standardised pose, slot.
+            crop: float (B, 3 K, crop_size, crop_size).
+            where: float (B, P + 2 robots), standardised pose, slot, and the slot again if rehearsed.
 
         Returns:
             The change of the proprioception in units of one frame's usual change, float (B, P), and the velocity and
