@@ -94,7 +94,7 @@ class ProprioceptionLoss(ReplayLoss):
         others = episode_folds(arrays, pipeline.num_members) != member
         super().__init__(pipeline, arrays, batch_size, (others | ~others.any()) * suite_weights(arrays))
         self.model, self.steps, self.frames = pipeline.proprioception.member(member), steps, frames
-        self._rehearsed = arrays.rehearsed.float()
+        self._rehearsed = arrays.rehearsed
         self._pixels: torch.Tensor | None = None  # the robots' first frames
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -146,18 +146,17 @@ class ProprioceptionLoss(ReplayLoss):
         uniform = torch.rand(2, count, generator=generator)
         episodes, time, begins = self._go_on(drawn, uniform[1], stride=1)
         told = uniform[0] < max(0.02, 1 - 1.2 * step / self.steps)
-        state = torch.zeros(count, self.model.state_dim, device=device)
         if before := self._rollouts:
             lost = ~before["state"].isfinite().all(dim=1).cpu()  # an overflow is not kept: the robot begins anew
             episodes, time, begins = torch.where(lost, drawn, episodes), torch.where(lost, 0, time), begins | lost
             gain = torch.where(begins[:, None, None, None], gain, before["gain"])
-            state = torch.where(begins[:, None].to(device), state, before["state"].to(device))
-        told = told | begins
         true = arrays.proprio[arrays.starts[episodes] + time].to(device)
+        state = self.model.init_state(true, rehearsed=self._rehearsed[episodes].to(device))
+        if before:
+            state = torch.where(begins[:, None].to(device), state, before["state"].to(device))
         believed, rest = state.tensor_split([true.shape[1]], dim=1)
         believed = torch.where(told[:, None].to(device), true, believed)
         state = torch.cat([believed, rest], dim=1)
-        state[:, -2] = self._rehearsed[episodes].to(device)
         return {"episodes": episodes, "time": time, "gain": gain, "state": state}, begins
 
 
