@@ -163,7 +163,7 @@ def train(arguments: argparse.Namespace) -> int:
     from prophet_gym.envs.models import checkpoint_path
     from prophet_gym.run_folder import claim, weights_checksum
 
-    names = ("suite", "max_chunks", "dtype", "world_model", "reward_model", "reward_type", "start_states")
+    names = ("suite", "max_chunks", "dtype", "world_model", "reward_model", "reward_type", "threshold", "start_states")
     given = {name: getattr(arguments, name) for name in names}
     env_kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.no_video:
@@ -280,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     learn.add_argument("--world-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--reward-model", help="argument of Prophet's environments, name or folder")
     learn.add_argument("--reward-type", help="argument of Prophet's environments: sparse or probability")
+    learn.add_argument("--threshold", help="argument of Prophet's environments: strict or balanced")
     learn.add_argument("--dtype", help="argument of the environment: bfloat16 is faster where the hardware has it")
     learn.add_argument(
         "--no-video", action="store_true", help="imagine the motion alone, for policies that need no image"

@@ -111,6 +111,7 @@ def test_a_shipped_policy_by_its_name_from_starts_of_ones_own(
     command = ["train", "flow-policy-libero-40", "--suite", "libero_spatial", "--no-video", "--max-chunks", "2"]
     command += ["--num-envs", "4", "--group-size", "2", "--steps", "8", "--quiet", "--device", "cpu"]
     command += ["--out", str(tmp_path / "rl"), "--reward-type", "probability", "--advantage-eps", "0.1"]
+    command += ["--threshold", "balanced"]
     command += ["--start-states"]
     assert main([*command, str(tmp_path / "none.parquet")]) == 2
     assert "none.parquet" in capsys.readouterr().err
@@ -118,6 +119,7 @@ def test_a_shipped_policy_by_its_name_from_starts_of_ones_own(
     assert main([*command, str(starts)]) == 0
     run = json.loads((tmp_path / "rl" / "run.json").read_text())
     assert (run["start_states"], run["reward_type"], run["advantage_eps"]) == (str(starts), "probability", 0.1)
+    assert run["threshold"] == "balanced"
     mean = ["average", "flow-policy-libero-40", str(tmp_path / "rl"), "--out", str(tmp_path / "mean")]
     assert main(mean) == 0
     shipped, learned, average = (

@@ -15,7 +15,7 @@ from torch.nn import functional
 from prophet_gym.data.clips import EpisodeArrays, concatenate, without_pictures
 from prophet_gym.data.instructions import embed_instructions
 from prophet_gym.data.lerobot_format import EpisodeRecord
-from prophet_gym.reward.base import RememberingRewardModel, balanced_thresholds, clip_places, thresholds
+from prophet_gym.reward.base import RememberingRewardModel, clip_places, thresholds
 from prophet_gym.reward.success_classifier import SuccessClassifier
 from prophet_gym.reward.training import (
     _fit_logistic,
@@ -383,9 +383,11 @@ def test_the_balanced_threshold_is_never_above_the_environments() -> None:
     judge = SuccessClassifier(
         channels=(4, 8, 8), threshold=0.7, balanced_threshold={"libero_object": 0.6, "libero_spatial": 0.8}
     )
-    assert balanced_thresholds(judge, ["libero_spatial", "libero_object"]).tolist() == [0.7, 0.6]
+    suites = ["libero_spatial", "libero_object"]
+    assert thresholds(judge, suites).tolist() == [0.7, 0.7]
+    assert thresholds(judge, suites, threshold="balanced").tolist() == [0.7, 0.6]
     without = SuccessClassifier.tiny_random()  # never calibrated
-    assert balanced_thresholds(without, ["libero_object"], video=False).tolist() == [0.9]
+    assert thresholds(without, ["libero_object"], video=False, threshold="balanced").tolist() == [0.9]
 
 
 def test_episode_metrics_on_a_known_table() -> None:

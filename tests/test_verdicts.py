@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from test_envs import FakeRewardModel, fake, starts  # noqa: F401
 from test_policy_success import Ramp, Still
 
+from prophet_gym.envs.single_env import ProphetEnv
 from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.evaluation.agreement import Verdicts
 from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
@@ -22,6 +23,7 @@ class HalfSure(Ramp):
 
     threshold = {"libero_object": 0.5, "libero_spatial": 0.6}  # type: ignore[assignment]  # noqa: RUF012
     motion_threshold = 0.4
+    balanced_threshold = {"libero_object": 0.45, "libero_spatial": 0.5}  # noqa: RUF012
 
     def score(self, frames: Any, proprio: Any, lengths: NDArray[np.int64], *told: Any) -> NDArray[np.float32]:
         return np.full(len(lengths), 0.5, np.float32)
@@ -38,6 +40,42 @@ def test_an_episode_ends_at_the_threshold_of_its_suite_and_of_what_is_seen(
     envs.reset(seed=0, options={"suite": ["libero_object", "libero_spatial"]})
     _, rewards, terminated, _, _ = envs.step(NO_ACTION)
     assert terminated.tolist() == ended and rewards.tolist() == [float(end) for end in ended]
+
+
+@pytest.mark.parametrize(("threshold", "ended"), [("strict", [True, False]), ("balanced", [True, True])])
+def test_an_episode_ends_at_the_threshold_that_was_asked_for(
+    fake: dict[str, Any],  # noqa: F811
+    threshold: str,
+    ended: list[bool],
+) -> None:
+    arguments = {**fake, "reward_model": HalfSure(), "threshold": threshold}
+    suites = ("libero_object", "libero_spatial")
+    envs = ProphetVectorEnv(num_envs=2, **arguments)
+    envs.reset(seed=0, options={"suite": list(suites)})
+    _, rewards, terminated, _, infos = envs.step(NO_ACTION)
+    assert terminated.tolist() == infos["is_success"].tolist() == ended and rewards.tolist() == list(map(float, ended))
+    for suite, end in zip(suites, ended, strict=True):
+        env = ProphetEnv(suite=suite, **arguments)
+        env.reset(seed=0)
+        assert env.step(NO_ACTION[0])[2] == end
+
+
+@pytest.mark.parametrize(
+    ("threshold", "video", "message"),
+    [
+        ("lenient", True, r"Unknown threshold 'lenient'. Valid: \['strict', 'balanced'\]"),
+        ("balanced", False, "the reward model HalfSure has no balanced_motion_threshold"),
+    ],
+)
+def test_a_threshold_that_there_is_not_is_refused(
+    fake: dict[str, Any],  # noqa: F811
+    threshold: str,
+    video: bool,
+    message: str,
+) -> None:
+    arguments = {**fake, "reward_model": HalfSure(), "world_model": ProphetPipeline.tiny_random()}
+    with pytest.raises(ValueError, match=message):
+        ProphetVectorEnv(num_envs=2, **arguments, threshold=threshold, video=video)
 
 
 def test_an_episode_that_is_over_waits_for_its_reset_while_it_is_paused(fake: dict[str, Any]) -> None:  # noqa: F811

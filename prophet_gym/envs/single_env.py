@@ -68,7 +68,8 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     same seed and the same actions give the same video.
 
     ## Episode end
-    1. Termination: the reward model's success probability reaches its threshold at the end of a chunk.
+    1. Termination: the reward model's success probability reaches its threshold at the end of a chunk: the strict one,
+       which few failures pass, or with `threshold="balanced"` the one by which rates are right on the whole.
     2. Truncation: `max_chunks` chunks (20, that is 160 control steps or 8 s; the tasks of libero_10 take 30).
 
     `info` has `instruction`, `suite`, `task`, `init_state`, `member`, `success_probability`, `is_success`, `seed` (of
@@ -76,8 +77,9 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
     video at 5 frames per second.
 
     ## Arguments
-    `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `num_sampling_steps`,
-    `device`, `dtype`, `start_states`, `member`, `render_mode` and `video`: see :class:`ProphetVectorEnv`.
+    `suite`, `task`, `split`, `max_chunks`, `world_model`, `reward_model`, `reward_type`, `threshold`,
+    `num_sampling_steps`, `device`, `dtype`, `start_states`, `member`, `render_mode` and `video`: see
+    :class:`ProphetVectorEnv`.
 
     ```python
     >>> import gymnasium as gym
@@ -106,6 +108,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
         world_model: str | Path | WorldModel = "prophet-libero-tiny",
         reward_model: str | Path | RewardModel = "reward-libero",
         reward_type: str = "sparse",
+        threshold: str = "strict",
         num_sampling_steps: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -123,6 +126,7 @@ class ProphetEnv(gym.Env[Observation, NDArray[np.float32]]):
             world_model=world_model,
             reward_model=reward_model,
             reward_type=reward_type,
+            threshold=threshold,
             num_sampling_steps=num_sampling_steps,
             device=device,
             dtype=dtype,

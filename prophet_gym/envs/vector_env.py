@@ -30,6 +30,7 @@ from prophet_gym.envs.start_states import (
 from prophet_gym.reward.base import (
     RememberingRewardModel,
     RewardModel,
+    check_threshold,
     clip_places,
     thresholds,
     warn_of_unknown_suite,
@@ -72,6 +73,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     :param reward_model: likewise; or any object with ``score`` and ``threshold``, see ``RewardModel``.
     :param reward_type: ``"sparse"``: 1.0 at success, else 0.0; ``"probability"``: the increase of the success
         probability during the step, so that the rewards of an episode sum to its final minus its initial probability.
+    :param threshold: of the reward model, at which an episode is solved and ends: ``"strict"``, which few failures
+        pass, or ``"balanced"``, which finds more of the successes, and by which rates are right on the whole.
     :param num_sampling_steps: denoising steps per chunk; None is the world model's own default.
     :param device: of models given by name or path: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda:0"`` ...
     :param dtype: of a world model given by name or path: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or
@@ -88,7 +91,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
     nothing on them (an algorithm that waits for the last episodes of a batch). They repeat their observation with
     reward 0; their actions are not looked at. A reset does not change it.
 
-    :raises ValueError: an unknown suite, task, split, member, reward type, mode, device or dtype; damaged weights.
+    :raises ValueError: an unknown suite, task, split, member, reward type, threshold, mode, device or dtype, a
+        threshold that the reward model lacks; damaged weights.
     :raises FileNotFoundError: no such model or start states.
     """
 
@@ -109,6 +113,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         world_model: str | Path | WorldModel = "prophet-libero-tiny",
         reward_model: str | Path | RewardModel = "reward-libero",
         reward_type: str = "sparse",
+        threshold: str = "strict",
         num_sampling_steps: int | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -145,6 +150,8 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
         self.start_states.tasks(suite, split)
         self.video = video
         self.world_model, self.reward_model = resolve_models(world_model, reward_model, device, dtype, video)
+        check_threshold(self.reward_model, threshold, video)
+        self.threshold = threshold
         self.member = self._check_member(member)
         self.reward_type, self.max_chunks, self.num_sampling_steps = reward_type, max_chunks, num_sampling_steps
         self.render_mode = render_mode
@@ -565,7 +572,9 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 f"The reward model must return {len(rows)} probabilities in [0, 1], one for each env, got {probability}"
             )
         self._probability[rows] = probability
-        self._solved[rows] = self._probability[rows] >= thresholds(self.reward_model, suites, self.video)
+        self._solved[rows] = self._probability[rows] >= thresholds(
+            self.reward_model, suites, self.video, self.threshold
+        )
 
     def _check_actions(self, actions: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         array = np.asarray(actions)

@@ -22,7 +22,7 @@ from prophet_gym.evaluation.actions_only import predict_from_actions
 from prophet_gym.evaluation.flow_metrics import end_point_error, flow_cosine, optical_flow
 from prophet_gym.evaluation.report import draw_suite, write_report
 from prophet_gym.evaluation.video_metrics import moving_psnr, psnr, ssim, temporal_ssim
-from prophet_gym.reward.base import RewardModel, balanced_thresholds, thresholds
+from prophet_gym.reward.base import RewardModel, thresholds
 from prophet_gym.reward.training import choose_threshold, episode_metrics
 from prophet_gym.world_model.action_conditioning import carry, draw_action_frames
 from prophet_gym.world_model.imagination import episode_seeds, frame_rows, hand_motions, replay_episodes, track_holds
@@ -347,7 +347,7 @@ def _verdicts(
         imagined_frames=imagined_frames,
         actions_only=control,
         threshold=threshold,
-        balanced_threshold=balanced_thresholds(judge, arrays.suites),
+        balanced_threshold=thresholds(judge, arrays.suites, threshold="balanced"),
         strict_threshold=np.full_like(threshold, as_strict(control, imagined_frames, threshold, solved)),
     )
 

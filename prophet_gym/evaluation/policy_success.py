@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from prophet_gym.data.episode import IMAGE_SIZE, Policy
 from prophet_gym.envs.vector_env import ProphetVectorEnv
-from prophet_gym.reward.base import balanced_thresholds
+from prophet_gym.reward.base import thresholds
 from prophet_gym.simulators.suites import SUITES
 
 
@@ -87,7 +87,7 @@ def evaluate_in_prophet(
     env = ProphetVectorEnv(len(starts), suite=suite, split=split, **env_arguments)
     options = {"task": starts[:, 0].tolist(), "init_state": starts[:, 1].tolist()}
     observation, _ = env.reset(seed=[seed + index for index in range(len(starts))], options=options)
-    threshold = balanced_thresholds(env.reward_model, [suite], env.video)
+    threshold = thresholds(env.reward_model, [suite], env.video, "balanced")
     running, success = np.ones(len(starts), bool), np.zeros(len(starts), bool)
     ends = np.ones(len(starts), int)
     clips = [observation["image"][:, None].copy()] if env.video else []

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+THRESHOLDS = ("strict", "balanced")
+
 
 class RewardModel(Protocol):
     """Judges rollouts. Anything with this method and the threshold that is needed can be passed as `reward_model=` to
@@ -18,8 +20,9 @@ class RewardModel(Protocol):
             for each suite. Above 1, none ever is.
         motion_threshold: the same for the probabilities that it gives without frames (environments with `video=False`).
 
-    It may have `balanced_threshold` and `balanced_motion_threshold` too, by which `evaluate_in_prophet` counts; and
-    methods by which it need not go through all of a rollout at each step, see :class:`RememberingRewardModel`.
+    It may have `balanced_threshold` and `balanced_motion_threshold` too, by which `evaluate_in_prophet` counts, and
+    environments with `threshold="balanced"` end episodes; and methods by which it need not go through all of a rollout
+    at each step, see :class:`RememberingRewardModel`.
     """
 
     threshold: float | Mapping[str, float]
@@ -91,18 +94,31 @@ def clip_places(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.zeros_like(lengths), np.maximum(lengths - 2, 0), lengths - 1])
 
 
-def thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:
+def thresholds(
+    reward_model: RewardModel, suites: Sequence[str], video: bool = True, threshold: str = "strict"
+) -> NDArray[np.float64]:
     """The threshold of each of these suites, float64 (N,), for verdicts on `video` or on the motion alone; the highest
-    of all for a suite that has none."""
-    return _of_suites(reward_model.threshold if video else reward_model.motion_threshold, suites)
+    of all for a suite that has none. `"balanced"` ones are never above the `"strict"`, and these where there are none.
+    """
+    strict = _of_suites(reward_model.threshold if video else reward_model.motion_threshold, suites)
+    balanced = _balanced(reward_model, video) if threshold == "balanced" else None
+    return strict if balanced is None else np.minimum(strict, _of_suites(balanced, suites))
 
 
-def balanced_thresholds(reward_model: RewardModel, suites: Sequence[str], video: bool = True) -> NDArray[np.float64]:
-    """As `thresholds`, those by which rates are right on the whole, if the reward model has them; never above the
-    others, at which an environment ends an episode."""
-    usual = thresholds(reward_model, suites, video)
-    balanced = getattr(reward_model, "balanced_threshold" if video else "balanced_motion_threshold", None)
-    return usual if balanced is None else np.minimum(usual, _of_suites(balanced, suites))
+def check_threshold(reward_model: RewardModel, threshold: str, video: bool = True) -> None:
+    """Refuse a threshold that no judge has, or not this one.
+
+    Raises:
+        ValueError: one that is not among `THRESHOLDS`, or `"balanced"` where there is none.
+    """
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"Unknown threshold {threshold!r}. Valid: {list(THRESHOLDS)}.")
+    if threshold == "balanced" and _balanced(reward_model, video) is None:
+        raise ValueError(
+            f"threshold='balanced', and the reward model {type(reward_model).__name__} has no "
+            f"balanced_{'' if video else 'motion_'}threshold: choose one for it (`prophet train-reward` does), or "
+            "threshold='strict'."
+        )
 
 
 def warn_of_unknown_suite(reward_model: RewardModel, suite: str, video: bool = True) -> None:
@@ -115,6 +131,10 @@ def warn_of_unknown_suite(reward_model: RewardModel, suite: str, video: bool = T
             UserWarning,
             stacklevel=4,
         )
+
+
+def _balanced(reward_model: RewardModel, video: bool) -> float | Mapping[str, float] | None:
+    return getattr(reward_model, "balanced_threshold" if video else "balanced_motion_threshold", None)
 
 
 def _of_suites(threshold: float | Mapping[str, float], suites: Sequence[str]) -> NDArray[np.float64]:
