@@ -28,6 +28,7 @@ from prophet_gym.envs.start_states import (
     user_start,
 )
 from prophet_gym.reward.base import (
+    THRESHOLDS,
     RememberingRewardModel,
     RewardModel,
     check_threshold,
@@ -137,6 +138,7 @@ class ProphetVectorEnv(VectorEnv[Observation, NDArray[np.float32], NDArray[Any]]
                 raise ValueError(f"{name} must be a positive int, got {value!r}.")
         for name, choice, choices in (
             ("reward_type", reward_type, REWARD_TYPES),
+            ("threshold", threshold, THRESHOLDS),
             ("render_mode", render_mode, (None, *self.metadata["render_modes"])),
             ("autoreset_mode", autoreset_mode, (*AutoresetMode, *(mode.value for mode in AutoresetMode))),
         ):
