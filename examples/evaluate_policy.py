@@ -5,7 +5,7 @@ python examples/evaluate_policy.py --policy expert
 
 A policy in another Prophet than the one that rewarded it (a check, and no substitute for the real simulator):
 
-python examples/evaluate_policy.py --policy runs/rl --world-model runs/held-out/pipeline --no-video
+python examples/evaluate_policy.py --policy runs/rl --world-model prophet-libero-heldout --no-video --deterministic
 """
 
 import argparse

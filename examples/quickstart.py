@@ -33,6 +33,7 @@ from prophet_gym.data.episode import SPLITS
 from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.envs.models import checkpoint_path
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
+from prophet_gym.evaluation.held_out import HeldOutCallback
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
 from prophet_gym.simulators.libero import task_names
 from prophet_gym.training import best_precision
@@ -103,6 +104,15 @@ def main() -> None:
         simulators["Prophet without video, deterministic"] = lambda policy, suite, _: evaluate_in_prophet(
             policy, suite, starts_of(range(10), SPLITS["val"]), video=False, deterministic=True
         )
+        # Another Prophet, which rewards nothing here, sees a part of what is gained by the first one's errors.
+        simulators["held-out Prophet, deterministic"] = lambda policy, suite, _: evaluate_in_prophet(
+            policy,
+            suite,
+            starts_of(range(10), SPLITS["val"]),
+            video=False,
+            deterministic=True,
+            world_model="prophet-libero-heldout",
+        )
     if not arguments.prophet_only:
         try:
             task_names(arguments.suite)
@@ -140,17 +150,26 @@ def main() -> None:
         seed=arguments.seed,
     )
     curve = LearningCurve(arguments.minutes)
-    model.learn(total_timesteps=10**9, callback=curve)
+    # Without video, like the Prophet that it asks.
+    held_out = None if arguments.video else HeldOutCallback(arguments.suite, every=10 * 20 * arguments.num_envs)
+    model.learn(total_timesteps=10**9, callback=[curve] if held_out is None else [curve, held_out])
     if not curve.success:
         parser.error(f"no rollout was over after {arguments.minutes} minutes: give it more.")
     improved = model.average_policy
     improved.export_safetensors(arguments.out / "policy")
     after = {name: evaluate(improved, arguments.suite, starts) for name, evaluate in simulators.items()}
 
-    report(before, after, curve.success, arguments.out)
+    opinions = [] if held_out is None else [(steps / (20 * arguments.num_envs), o) for steps, o in held_out.history]
+    report(before, after, curve.success, opinions, arguments.out)
 
 
-def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[float], out: Path) -> None:
+def report(
+    before: dict[str, Rollouts],
+    after: dict[str, Rollouts],
+    curve: list[float],
+    held_out: list[tuple[float, Rollouts]],
+    out: Path,
+) -> None:
     """Print the table; write results.json, the learning curve and the videos."""
     table = Table(title="Success on validation starts [95% interval] of episodes, actions sampled unless deterministic")
     for column in ("simulator", "cloned policy", "after FA-GRPO in Prophet"):
@@ -170,12 +189,16 @@ def report(before: dict[str, Rollouts], after: dict[str, Rollouts], curve: list[
     write_json(out / "results.json", {"success": summary, "training_curve": curve})
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.plot(np.arange(1, len(curve) + 1), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout")
+    axes.plot(np.arange(1, len(curve) + 1), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout, sampled")
     if len(curve) >= 5:
         smooth = np.convolve(curve, np.ones(5) / 5, mode="valid")
         axes.plot(np.arange(3, len(smooth) + 3), 100 * smooth, color="C0", label="mean of 5")
-    axes.set(xlabel="FA-GRPO rollout", ylabel="success in Prophet, training starts (%)", ylim=(0, 100))
-    axes.legend()
+    if held_out:
+        rollouts, opinions = zip(*held_out, strict=True)
+        expected = [100 * opinion.expected_rate for opinion in opinions]
+        axes.plot(rollouts, expected, "o-", color="C1", label="held-out Prophet, validation, deterministic")
+    axes.set(xlabel="FA-GRPO rollout", ylabel="success in Prophet (%)", ylim=(0, 100))
+    axes.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
     figure.savefig(out / "learning_curve.png", dpi=120)
 

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor
 
 from fagrpo.demonstrations import Demonstrations
@@ -190,6 +190,7 @@ def train(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
+    held_out = _held_out(arguments)
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
     run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
@@ -209,13 +210,27 @@ def train(arguments: argparse.Namespace) -> int:
     remaining = arguments.steps - model.num_timesteps
     if remaining > 0:
         every = max(1, arguments.checkpoint_every // arguments.num_envs)
-        callback = CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint")
-        model.learn(remaining, callback, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
+        callbacks = [CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint"), *held_out]
+        model.learn(remaining, callbacks, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
         model.save(arguments.out / f"checkpoint_{model.num_timesteps}_steps")  # from which more --steps go on
     (model.average_policy or model.policy).export_safetensors(arguments.out)
     print(f"Policy written to {arguments.out}")
     env.close()
     return 0
+
+
+def _held_out(arguments: argparse.Namespace) -> list[BaseCallback]:
+    """The callback of --held-out, if it is given."""
+    if arguments.held_out is None:
+        return []
+    if not (arguments.no_video and arguments.env.split(":")[-1].startswith("Prophet-LIBERO") and arguments.suite):
+        raise ValueError("--held-out evaluates without video in a suite of Prophet-LIBERO: give --no-video and --suite")
+    from prophet_gym.evaluation.held_out import HeldOutCallback
+
+    models = {"world_model": arguments.held_out}
+    if arguments.reward_model is not None:
+        models["reward_model"] = arguments.reward_model
+    return [HeldOutCallback(arguments.suite, arguments.held_out_every, **models)]
 
 
 def average(arguments: argparse.Namespace) -> int:
@@ -313,6 +328,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     learn.add_argument(
         "--checkpoint-every", type=positive_int, default=10_000, help="environment steps between checkpoints"
+    )
+    learn.add_argument(
+        "--held-out",
+        help="name or folder of another Prophet, in whose motion the policy is evaluated and not trained: whether it "
+        "begins to exploit the errors of the one that rewards it; shipped: prophet-libero-heldout",
+    )
+    learn.add_argument(
+        "--held-out-every", type=positive_int, default=25_000, help="environment steps between these evaluations"
     )
     learn.add_argument("--seed", type=int, default=0, help="of actions, starts and batches")
     learn.add_argument("--device", default="auto", help="of torch, for the policy")

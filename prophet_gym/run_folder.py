@@ -48,10 +48,10 @@ def policy_checksum(policy: Policy) -> int | str:
     return weights_checksum(network) if isinstance(network, torch.nn.Module) else type(policy).__name__
 
 
-def weights_checksum(*modules: torch.nn.Module) -> int:
-    """One number for the weights of some modules, to tell whether they are the same."""
+def weights_checksum(*modules: torch.nn.Module | None) -> int:
+    """One number for the weights of some modules, to tell whether they are the same; None has none."""
     checksum = 0
     for module in modules:
-        for weight in module.state_dict().values():
+        for weight in () if module is None else module.state_dict().values():
             checksum = zlib.crc32(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
     return checksum

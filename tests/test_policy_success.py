@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from stable_baselines3 import PPO
 
+from prophet_gym import ProphetVecEnv
 from prophet_gym.envs.start_states import StartState, write_start_states
+from prophet_gym.evaluation.held_out import HeldOutCallback
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_prophet, starts_of
 from prophet_gym.world_model import ProphetPipeline
 
@@ -72,12 +78,46 @@ def test_episodes_count_by_the_balanced_threshold(video: bool, mode: str) -> Non
     assert solved(Balanced(), 5) == [True] * 4
 
 
+def test_the_expected_rate_is_of_each_episodes_highest_probability() -> None:
+    """The first task's falls after the second chunk; the other one's episode ends past the strict threshold."""
+
+    class Falling(Balanced):
+        def score(self, frames: None, proprio: np.ndarray, lengths: np.ndarray, *rest: Any) -> NDArray[np.float32]:
+            rising = super().score(frames, proprio, lengths, *rest)
+            first = np.array([text == rest[0][0] for text in rest[0]])
+            return np.where(first, 0.2 - 0.02 * np.abs(lengths // 2 - 2), rising).astype(np.float32)
+
+    result = evaluate_in_prophet(
+        Still(), "libero_object", starts_of([0, 1], [40]), world_model=ProphetPipeline.tiny_random(),
+        reward_model=Falling(), max_chunks=12, video=False,
+    )  # fmt: skip
+    assert result.probability == pytest.approx([0.2, 0.95]) and result.expected_rate == pytest.approx(0.575)
+    assert str(result).endswith("of 2, expected 57%") and result.rate == 0.5
+
+
 def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
     rollouts = evaluate_in_prophet(
         Still(), "libero_object", starts_of([0, 1], [40]), world_model=ProphetPipeline.tiny_random(),
         reward_model=Balanced(), max_chunks=8,
     )  # fmt: skip
     assert [len(video) for video in rollouts.videos] == [1 + 2 * 5, 1 + 2 * 3]
+
+
+def test_a_second_opinion_is_asked_every_so_often_and_changes_nothing() -> None:
+    def weights(*callbacks: HeldOutCallback) -> dict[str, torch.Tensor]:
+        envs = gym.make_vec(
+            "Prophet-LIBERO-v0", num_envs=4, world_model=ProphetPipeline.tiny_random(), reward_model=Ramp(),
+            video=False, max_chunks=3, autoreset_mode="SameStep",
+        )  # fmt: skip
+        model = PPO("MultiInputPolicy", ProphetVecEnv(envs), n_steps=4, batch_size=8, n_epochs=1, seed=0)
+        return model.learn(40, list(callbacks)).policy.state_dict()
+
+    models = {"world_model": ProphetPipeline.tiny_random(1), "reward_model": Balanced()}
+    held_out = HeldOutCallback("libero_spatial", every=20, **models)
+    asked, alone = weights(held_out), weights()
+    assert all(torch.equal(asked[key], alone[key]) for key in alone)
+    assert [steps for steps, _ in held_out.history] == [0, 32, 48]
+    assert all(len(outcome.success) == 50 and outcome.rate == 1 for _, outcome in held_out.history)
 
 
 def test_every_episode_has_noise_of_its_own_that_the_seed_decides() -> None:

@@ -85,7 +85,8 @@ def test_the_shipped_policy_acts() -> None:
     assert 0 <= low <= result.rate <= high <= 1
 
 
-def test_the_post_trained_policy_succeeds_more_often_in_prophet() -> None:
+@pytest.mark.parametrize("world_model", ["prophet-libero-tiny", "prophet-libero-heldout"])
+def test_the_post_trained_policy_succeeds_more_often_in_either_prophet(world_model: str) -> None:
     cloned, trained = (
         evaluate_in_prophet(
             FlowPolicy.from_safetensors(WEIGHTS / name),
@@ -93,10 +94,26 @@ def test_the_post_trained_policy_succeeds_more_often_in_prophet() -> None:
             starts_of(range(10), SPLITS["val"]),
             video=False,
             deterministic=True,
+            world_model=world_model,
         )
         for name in ("flow-policy-libero-40", "flow-policy-libero-object-rl")
     )
     assert len(trained.success) == 50 and trained.rate > cloned.rate + 0.15
+    assert trained.expected_rate > cloned.expected_rate + 0.15
+
+
+def test_the_held_out_prophet_moves_by_weights_of_its_own() -> None:
+    one, other = (load_world_model(f"prophet-libero-{name}", "cpu") for name in ("tiny", "heldout"))
+    assert (
+        not other.has_video and one.config.cameras == other.config.cameras and one.config.robots == other.config.robots
+    )
+    images, proprio = np.full((1, 96, 96, 3), 90, np.uint8), one.proprioception.proprio_mean[:1].clone()
+    (left, _), (right, _) = (
+        prophet.imagine_motion(prophet.init_state(proprio), torch.full((1, 8, 7), 0.3), images, ["libero_object"])
+        for prophet in (one, other)
+    )
+    # In the air both know the way, each to its own digits.
+    assert not torch.equal(left, right) and (left - right)[..., :3].norm(dim=-1).max() < 0.01
 
 
 @pytest.mark.filterwarnings("error:The ratio of new to old")
@@ -121,6 +138,17 @@ def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.Capture
     command += ["--num-envs", "16", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
     assert fagrpo_main(command) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
+    # A second opinion changes nothing, and stands in the log.
+    asked = command.copy()
+    asked[asked.index(str(tmp_path))] = str(tmp_path / "asked")
+    assert fagrpo_main([*asked, "--held-out", "prophet-libero-heldout"]) == 0
+    said = capsys.readouterr().out
+    assert "held_out/" in said and "expected_rate" in said
+    first, second = (FlowPolicy.from_safetensors(path).state_dict() for path in (tmp_path, tmp_path / "asked"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    asked.remove("--no-video")
+    assert fagrpo_main([*asked, "--held-out", "prophet-libero-heldout"]) == 2
+    assert "give --no-video and --suite" in capsys.readouterr().err
     # Another environment has no world model.
     other = ["train", command[1], "--env", "Pendulum-v1", "--num-envs", "8", "--out", str(tmp_path / "other")]
     assert fagrpo_main([*other, "--world-model", "prophet-libero-tiny"]) == 2

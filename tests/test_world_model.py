@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from prophet_gym.data.camera import camera_projection
 from prophet_gym.data.clips import EpisodeArrays, concatenate, episode_folds, subset, without_pictures
 from prophet_gym.data.lerobot_format import EpisodeRecord
+from prophet_gym.envs.models import load_world_model
+from prophet_gym.envs.vector_env import ProphetVectorEnv
 from prophet_gym.training import LossFn, fit
 from prophet_gym.world_model import (
     ProphetAutoencoder,
@@ -31,6 +33,7 @@ from prophet_gym.world_model.action_conditioning import (
     look_around,
     update_hold,
 )
+from prophet_gym.world_model.adaptation import adapt
 from prophet_gym.world_model.history import advance_history
 from prophet_gym.world_model.imagination import (
     RehearsedPolicy,
@@ -476,6 +479,34 @@ def test_pipelines_of_parts_that_do_not_fit_are_refused() -> None:
         ProphetPipeline(*parts, action_streams="none")
     with pytest.raises(ValueError, match="build it with condition_dim=47"):
         ProphetPipeline(made.vae, made.transformer, ProprioceptionModel(robots=3), made.scheduler)
+    with pytest.raises(ValueError, match="pass both, or neither"):
+        ProphetPipeline(made.vae, None, made.proprioception, made.scheduler)
+
+
+def test_a_prophet_without_video_moves_robots_alike_and_says_what_it_lacks(
+    pipeline: ProphetPipeline, tmp_path: Path
+) -> None:
+    assert pipeline.has_video
+    settings = {name: pipeline.config[name] for name in ("cameras", "robots")}
+    ProphetPipeline(None, None, pipeline.proprioception, pipeline.scheduler, **settings).save_pretrained(tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    felt = load_world_model(tmp_path, "cpu")
+    images, proprio, actions = inputs(3)
+    (one, _), (other, _) = (
+        prophet.imagine_motion(prophet.init_state(proprio), actions, images, SUITES[:3]) for prophet in (pipeline, felt)
+    )
+    assert torch.equal(one, other) and not felt.has_video
+    envs = ProphetVectorEnv(2, world_model=tmp_path, video=False)
+    envs.reset(seed=0)
+    assert np.isfinite(envs.step(envs.action_space.sample())[1]).all()
+    arrays = episodes(2)
+    for use in (
+        lambda: ProphetVectorEnv(2, world_model=tmp_path),
+        lambda: felt.replay(images, proprio, actions, SUITES[:3]),
+        lambda: adapt(felt, arrays, arrays, tmp_path / "out", recipe="adapt"),
+    ):
+        with pytest.raises(ValueError, match="it imagines the motion alone: pass video=False"):
+            use()
 
 
 @pytest.mark.parametrize("streams", ["both", "scalars", "frames"])

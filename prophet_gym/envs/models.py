@@ -103,7 +103,8 @@ def resolve_models(
     :param dtype: of a world model given by name or path: ``"auto"`` (float32) or one of :data:`DTYPES`.
     :param video: what they are needed for: video, or the motion alone.
     :raises FileNotFoundError: no such name or path.
-    :raises ValueError: damaged weights, an unknown device or dtype, or one for a model that is given as an object.
+    :raises ValueError: damaged weights, an unknown device or dtype, or one for a model that is given as an object; a
+        world model without video where it is needed.
     :raises TypeError: an object that lacks what :class:`WorldModel` or ``RewardModel`` has.
     """
     by_name = isinstance(world_model, str | Path), isinstance(reward_model, str | Path)
@@ -129,6 +130,8 @@ def resolve_models(
                 f"{type(model).__name__} cannot be used here: it has no {missing}. "
                 "Pass a name, a path or a model that has them."
             )
+    if video and not getattr(world, "has_video", True):
+        world.require_video()
     return world, reward
 
 
@@ -162,7 +165,7 @@ def _load_world_model(path: Path, modified_ns: int, device: str, dtype: torch.dt
             "them again."
         )
     pipeline.to(device)
-    for part in (pipeline.vae, pipeline.transformer):
+    for part in (pipeline.vae, pipeline.transformer) if pipeline.has_video else ():
         # (`ModelMixin.to` would warn of modules to keep in float32: none.) Channels last is a third faster on a CPU.
         torch.nn.Module.to(part, dtype=dtype)
         torch.nn.utils.convert_conv2d_weight_memory_format(part, torch.channels_last)

@@ -88,8 +88,10 @@ class ProphetPipeline(DiffusionPipeline):
     had in mind: what the decoder kept sharp stays sharp.
 
     Args:
-        vae (`ProphetAutoencoder` or `ProphetCosmosAutoencoder`): frames <-> latents.
-        transformer (`ProphetTransformer3DModel` or `ProphetCosmosTransformer3DModel`): velocity of the chunk's latents.
+        vae (`ProphetAutoencoder` or `ProphetCosmosAutoencoder`, *optional*): frames <-> latents. None, and so the
+            transformer: a Prophet of the motion alone, see `has_video`.
+        transformer (`ProphetTransformer3DModel` or `ProphetCosmosTransformer3DModel`, *optional*): velocity of the
+            chunk's latents.
         proprioception (`ProprioceptionModel`): the robot's own state, as one member of an ensemble sees it.
         scheduler (`FlowMatchEulerDiscreteScheduler`): integrates the velocity from noise (sigma 1) to data (sigma 0).
         image_size (`int`): side of the square video, pixels.
@@ -110,10 +112,12 @@ class ProphetPipeline(DiffusionPipeline):
     The state of a robot is that of the proprioception model and the hold, see `init_hold`.
     """
 
+    _optional_components = ["vae", "transformer"]  # noqa: RUF012
+
     def __init__(
         self,
-        vae: ProphetAutoencoder | ProphetCosmosAutoencoder,
-        transformer: ProphetTransformer3DModel | ProphetCosmosTransformer3DModel,
+        vae: ProphetAutoencoder | ProphetCosmosAutoencoder | None,
+        transformer: ProphetTransformer3DModel | ProphetCosmosTransformer3DModel | None,
         proprioception: ProprioceptionModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         image_size: int = 96,
@@ -137,15 +141,16 @@ class ProphetPipeline(DiffusionPipeline):
                 f"The proprioception model takes {body.frame_stride} actions a frame, and the pipeline has "
                 f"frame_stride={frame_stride}: build both with the same."
             )
+        if (vae is None) != (transformer is None):
+            raise ValueError("vae and transformer make the video together: pass both, or neither for the motion alone.")
         condition_dim = proprioception.condition_dim
-        if transformer.config.condition_dim != condition_dim:
+        if transformer is not None and transformer.config.condition_dim != condition_dim:
             raise ValueError(
                 f"The transformer takes conditions of {transformer.config.condition_dim} numbers, and this "
                 f"proprioception model makes {condition_dim}: build it with condition_dim={condition_dim}."
             )
-        hands = {type(part).__name__: part.config.num_arms for part in (proprioception, transformer)}
-        if isinstance(vae, ProphetAutoencoder):
-            hands[type(vae).__name__] = vae.config.num_arms
+        parts = (proprioception, transformer, vae if isinstance(vae, ProphetAutoencoder) else None)
+        hands = {type(part).__name__: part.config.num_arms for part in parts if part is not None}
         if len(set(hands.values())) > 1:
             raise ValueError(f"The models must have the same num_arms, got {hands}.")
         if chunk_size % frame_stride:
@@ -206,6 +211,20 @@ class ProphetPipeline(DiffusionPipeline):
         return self
 
     @property
+    def has_video(self) -> bool:
+        """Whether it imagines video: without autoencoder and transformer there is the motion alone (`imagine_motion`),
+        as for an environment with `video=False`."""
+        return self.transformer is not None
+
+    def require_video(self) -> None:
+        """Raise a `ValueError` where there is the motion alone."""
+        if not self.has_video:
+            raise ValueError(
+                "This Prophet has no autoencoder and no transformer, it imagines the motion alone: pass video=False "
+                "(--no-video), or use a Prophet that has them, such as 'prophet-libero-tiny'."
+            )
+
+    @property
     def image_size(self) -> int:
         """Side of the square video, pixels."""
         return self.config.image_size
@@ -257,8 +276,9 @@ class ProphetPipeline(DiffusionPipeline):
             History latents, float (B, T_h, C, h, w): the start frame, repeated (left padding).
 
         Raises:
-            ValueError: shape or dtype differ from the above.
+            ValueError: shape or dtype differ from the above, or there is no video, see `has_video`.
         """
+        self.require_video()
         images, size = torch.as_tensor(images), self.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (size, size, 3):
             raise ValueError(
@@ -328,8 +348,9 @@ class ProphetPipeline(DiffusionPipeline):
             ImaginedChunk.
 
         Raises:
-            ValueError: shapes do not fit together, or num_inference_steps < 1.
+            ValueError: shapes do not fit together, num_inference_steps < 1, or there is no video, see `has_video`.
         """
+        self.require_video()
         self._check_inputs(suites, history=history, state=state, actions=actions, images=images)
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
@@ -533,15 +554,16 @@ class ProphetPipeline(DiffusionPipeline):
         return torch.tensor([slots.get(suite, 0) for suite in suites])
 
     def _check_inputs(self, suites: Sequence[str], **values: np.ndarray | torch.Tensor) -> None:
-        config: Any = self.transformer.config
         batch, size = len(values["state"]), self.image_size
         expected = {
-            "history": (batch, self.transformer.buffer_frames, config.latent_channels) + (size // 8,) * 2,
             "state": (batch, self.proprioception.state_dim + self.num_arms * HOLD_DIM),
             "actions": (batch, self.chunk_size, self.action_dim),
             "images": (batch, 2, size, size, 3),
             "starts": (batch, size, size, 3),
         }
+        if "history" in values:
+            channels = self.transformer.config.latent_channels
+            expected["history"] = (batch, self.transformer.buffer_frames, channels) + (size // 8,) * 2
         for name, value in values.items():
             if tuple(value.shape) != expected[name]:
                 raise ValueError(f"Expected {name} of shape {expected[name]}, got {tuple(value.shape)}.")

@@ -196,7 +196,9 @@ def _check_conventions(robot: str, proprio: torch.Tensor, change: torch.Tensor, 
 
 def check_shapes(pipeline: ProphetPipeline, arrays: EpisodeArrays, video: bool = True) -> None:
     """Raise a ValueError where episodes do not fit the pipeline: size of the frames (without `video`, of the first
-    ones), proprioception, actions, or how many of these there are a second."""
+    ones), proprioception, actions, or how many of these there are a second; or where it has no video to train."""
+    if video:
+        pipeline.require_video()
     expected: dict[str, Any] = {
         "frames" if video else "first_frames": (pipeline.image_size, pipeline.image_size, 3),
         "proprio": (pipeline.proprioception.proprio_dim,),
