@@ -5,7 +5,7 @@ python examples/evaluate_policy.py --policy expert
 
 A policy in another Prophet than the one that rewarded it (a check, and no substitute for the real simulator):
 
-python examples/evaluate_policy.py --policy runs/rl --world-model prophet-libero-heldout --no-video --deterministic
+python examples/evaluate_policy.py --policy runs/rl --world-model prophet-libero-held-out --no-video --deterministic
 """
 
 import argparse
@@ -89,6 +89,8 @@ def main() -> None:
     print(f"{arguments.policy} in {arguments.simulator}, {arguments.suite} {arguments.split}: {result}")
     if arguments.out:
         record = vars(arguments) | {"success": result.success.tolist(), "task": result.task.tolist()}
+        if result.probability is not None:
+            record["probability"] = result.probability.tolist()
         with arguments.out.open("a") as file:
             file.write(json.dumps(record, default=str) + "\n")
 

@@ -33,10 +33,12 @@ from prophet_gym.data.episode import SPLITS
 from prophet_gym.data.lerobot_format.schema import write_json
 from prophet_gym.envs.models import checkpoint_path
 from prophet_gym.envs.sb3_vec_env import ProphetVecEnv
-from prophet_gym.evaluation.held_out import HeldOutCallback
+from prophet_gym.evaluation.eval_callback import ProphetEvalCallback
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, evaluate_in_prophet, starts_of
 from prophet_gym.simulators.libero import task_names
 from prophet_gym.training import best_precision
+
+HELD_OUT = "prophet-libero-held-out"
 
 
 class LearningCurve(BaseCallback):
@@ -45,6 +47,7 @@ class LearningCurve(BaseCallback):
     def __init__(self, minutes: float) -> None:
         super().__init__()
         self.success: list[float] = []
+        self.steps: list[int] = []
         self.seconds = 60 * minutes
         self.outcomes: list[bool] = []
 
@@ -62,6 +65,7 @@ class LearningCurve(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self.success.append(float(np.mean(self.outcomes)) if self.outcomes else float("nan"))
+        self.steps.append(self.num_timesteps)
         self.outcomes = []
         self.progress.set_postfix(success=f"{100 * self.success[-1]:.0f}%")
 
@@ -111,7 +115,7 @@ def main() -> None:
             starts_of(range(10), SPLITS["val"]),
             video=False,
             deterministic=True,
-            world_model="prophet-libero-heldout",
+            world_model=HELD_OUT,
         )
     if not arguments.prophet_only:
         try:
@@ -150,24 +154,33 @@ def main() -> None:
         seed=arguments.seed,
     )
     curve = LearningCurve(arguments.minutes)
-    # Without video, like the Prophet that it asks.
-    held_out = None if arguments.video else HeldOutCallback(arguments.suite, every=10 * 20 * arguments.num_envs)
-    model.learn(total_timesteps=10**9, callback=[curve] if held_out is None else [curve, held_out])
+    evaluations = []
+    if not arguments.video:
+        options = {"suite": arguments.suite, "every": 10 * 20 * arguments.num_envs}  # about ten rollouts
+        evaluations = [
+            ProphetEvalCallback("rewarding", **options),
+            ProphetEvalCallback("held_out", world_model=HELD_OUT, **options),
+        ]
+    model.learn(total_timesteps=10**9, callback=[curve, *evaluations])
     if not curve.success:
         parser.error(f"no rollout was over after {arguments.minutes} minutes: give it more.")
     improved = model.average_policy
     improved.export_safetensors(arguments.out / "policy")
     after = {name: evaluate(improved, arguments.suite, starts) for name, evaluate in simulators.items()}
 
-    opinions = [] if held_out is None else [(steps / (20 * arguments.num_envs), o) for steps, o in held_out.history]
-    report(before, after, curve.success, opinions, arguments.out)
+    expected = {}
+    for evaluation in evaluations:
+        rollouts = np.searchsorted(curve.steps, [steps for steps, _ in evaluation.history], side="right")
+        rates = [outcome.expected_rate for _, outcome in evaluation.history]
+        expected[evaluation.name] = {"rollouts": rollouts.tolist(), "rates": rates}
+    report(before, after, curve.success, expected, arguments.out)
 
 
 def report(
     before: dict[str, Rollouts],
     after: dict[str, Rollouts],
     curve: list[float],
-    held_out: list[tuple[float, Rollouts]],
+    expected: dict[str, dict[str, list[float]]],
     out: Path,
 ) -> None:
     """Print the table; write results.json, the learning curve and the videos."""
@@ -186,18 +199,19 @@ def report(
     summary = {
         name: {"before": before[name].success.tolist(), "after": after[name].success.tolist()} for name in before
     }
-    write_json(out / "results.json", {"success": summary, "training_curve": curve})
+    write_json(out / "results.json", {"success": summary, "training_curve": curve, "expected": expected})
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.plot(np.arange(1, len(curve) + 1), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout, sampled")
+    axes.plot(
+        np.arange(len(curve)), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout, training starts"
+    )
     if len(curve) >= 5:
         smooth = np.convolve(curve, np.ones(5) / 5, mode="valid")
-        axes.plot(np.arange(3, len(smooth) + 3), 100 * smooth, color="C0", label="mean of 5")
-    if held_out:
-        rollouts, opinions = zip(*held_out, strict=True)
-        expected = [100 * opinion.expected_rate for opinion in opinions]
-        axes.plot(rollouts, expected, "o-", color="C1", label="held-out Prophet, validation, deterministic")
-    axes.set(xlabel="FA-GRPO rollout", ylabel="success in Prophet (%)", ylim=(0, 100))
+        axes.plot(np.arange(2, len(smooth) + 2), 100 * smooth, color="C0", label="mean of 5")
+    for color, (name, it) in zip(("C2", "C1"), expected.items(), strict=False):
+        label = f"{name.replace('_', '-')} Prophet, validation starts, deterministic, expected"
+        axes.plot(it["rollouts"], 100 * np.array(it["rates"]), "o-", color=color, label=label)
+    axes.set(xlabel="FA-GRPO rollouts so far", ylabel="success in Prophet (%)", ylim=(0, 100))
     axes.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
     figure.savefig(out / "learning_curve.png", dpi=120)

@@ -170,6 +170,7 @@ def train(arguments: argparse.Namespace) -> int:
         env_kwargs["video"] = False
     if arguments.task is not None:
         env_kwargs["task"] = int(arguments.task) if arguments.task.isdigit() else arguments.task
+    evaluations = _evaluations(arguments, env_kwargs)
     env = make_vec_env(arguments.env, arguments.num_envs, arguments.frame_stack, env_kwargs)
     if not isinstance(env.action_space, spaces.Box):
         raise ValueError(f"{arguments.env} has the action space {env.action_space}; a flow policy needs a Box")
@@ -190,7 +191,6 @@ def train(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     policy = FlowPolicy.from_safetensors(checkpoint_path(arguments.policy))
-    held_out = _held_out(arguments)
     run = {"env": arguments.env, "num_envs": arguments.num_envs, "frame_stack": arguments.frame_stack}
     run |= env_kwargs | {"policy": weights_checksum(policy)} | settings
     checkpoints = sorted(arguments.out.glob("checkpoint_*_steps.zip"), key=lambda path: int(path.stem.split("_")[1]))
@@ -210,7 +210,7 @@ def train(arguments: argparse.Namespace) -> int:
     remaining = arguments.steps - model.num_timesteps
     if remaining > 0:
         every = max(1, arguments.checkpoint_every // arguments.num_envs)
-        callbacks = [CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint"), *held_out]
+        callbacks = [CheckpointCallback(every, str(arguments.out), name_prefix="checkpoint"), *evaluations]
         model.learn(remaining, callbacks, reset_num_timesteps=not checkpoints, progress_bar=not arguments.quiet)
         model.save(arguments.out / f"checkpoint_{model.num_timesteps}_steps")  # from which more --steps go on
     (model.average_policy or model.policy).export_safetensors(arguments.out)
@@ -219,18 +219,26 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _held_out(arguments: argparse.Namespace) -> list[BaseCallback]:
-    """The callback of --held-out, if it is given."""
+def _evaluations(arguments: argparse.Namespace, env_kwargs: dict[str, Any]) -> list[BaseCallback]:
+    """With --held-out: the policy evaluated in that Prophet, and in the one that rewards it, to compare.
+
+    :raises ValueError: the policy is not trained on the motion alone of a Prophet
+    :raises FileNotFoundError: no such Prophet
+    """
     if arguments.held_out is None:
         return []
-    if not (arguments.no_video and arguments.env.split(":")[-1].startswith("Prophet-LIBERO") and arguments.suite):
-        raise ValueError("--held-out evaluates without video in a suite of Prophet-LIBERO: give --no-video and --suite")
-    from prophet_gym.evaluation.held_out import HeldOutCallback
+    if not (arguments.no_video and arguments.env.split(":")[-1].startswith("Prophet")) or arguments.frame_stack > 1:
+        raise ValueError("--held-out is for policies on Prophet's motion alone: with --no-video, without --frame-stack")
+    from prophet_gym.envs.models import load_world_model
+    from prophet_gym.evaluation.eval_callback import ProphetEvalCallback
 
-    models = {"world_model": arguments.held_out}
-    if arguments.reward_model is not None:
-        models["reward_model"] = arguments.reward_model
-    return [HeldOutCallback(arguments.suite, arguments.held_out_every, **models)]
+    load_world_model(arguments.held_out)
+    shared = {name: value for name, value in env_kwargs.items() if name not in ("threshold", "reward_type")}
+    shared["every"] = arguments.held_out_every
+    return [
+        ProphetEvalCallback("held_out", **shared | {"world_model": arguments.held_out}),
+        ProphetEvalCallback("rewarding", **shared),
+    ]
 
 
 def average(arguments: argparse.Namespace) -> int:
@@ -331,8 +339,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     learn.add_argument(
         "--held-out",
-        help="name or folder of another Prophet, in whose motion the policy is evaluated and not trained: whether it "
-        "begins to exploit the errors of the one that rewards it; shipped: prophet-libero-heldout",
+        help="name or folder of another Prophet, in which the policy is evaluated, as in the one that rewards it, to "
+        "see whether it begins to exploit that one's errors; shipped: prophet-libero-held-out",
     )
     learn.add_argument(
         "--held-out-every", type=positive_int, default=25_000, help="environment steps between these evaluations"

@@ -29,7 +29,10 @@ def _record(arguments: argparse.Namespace) -> None:
 
         if policy is None:
             raise ValueError("--world-model is where a policy acts before its actions are replayed: give --policy.")
-        planner = RehearsedPolicy(load_world_model(arguments.world_model, "cpu"), policy, looks_at_image(policy))
+        pipeline = load_world_model(arguments.world_model, "cpu")
+        if looks := looks_at_image(policy):
+            pipeline.require_video()
+        planner = RehearsedPolicy(pipeline, policy, looks)
     record(
         arguments.suite,
         arguments.episodes,
@@ -77,6 +80,8 @@ def _adapt(arguments: argparse.Namespace) -> None:
     check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
+    if arguments.recipe != "motion":
+        pipeline.require_video()
     load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
     episodes = arguments.episodes
     if episodes is None and arguments.recipe not in ("extend", "motion", "video"):
@@ -111,6 +116,8 @@ def _train_reward(arguments: argparse.Namespace) -> None:
     datasets = [EpisodeDataset(path) for path in arguments.data]
     more = [EpisodeDataset(path) for path in arguments.motion]
     pipeline = None if arguments.world_model is None else load_world_model(arguments.world_model, arguments.device)
+    if pipeline is not None:
+        pipeline.require_video()
     arms = max(dataset.num_arms for dataset in datasets + more) if pipeline is None else pipeline.num_arms
     load = partial(load_arrays, num_arms=arms)
     train, val = load(datasets, "train"), load(datasets, "val")

@@ -49,7 +49,8 @@ def policy_checksum(policy: Policy) -> int | str:
 
 
 def weights_checksum(*modules: torch.nn.Module | None) -> int:
-    """One number for the weights of some modules, to tell whether they are the same; None has none."""
+    """One number for the weights of some modules, to tell whether they are the same. None, a part that a pipeline
+    lacks, adds nothing."""
     checksum = 0
     for module in modules:
         for weight in () if module is None else module.state_dict().values():

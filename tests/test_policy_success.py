@@ -1,6 +1,6 @@
 """Success rates and their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from prophet_gym import ProphetVecEnv
 from prophet_gym.envs.start_states import StartState, write_start_states
-from prophet_gym.evaluation.held_out import HeldOutCallback
+from prophet_gym.evaluation.eval_callback import ProphetEvalCallback
 from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_prophet, starts_of
 from prophet_gym.world_model import ProphetPipeline
 
@@ -103,21 +104,60 @@ def test_the_video_ends_where_the_episode_counts_as_solved() -> None:
     assert [len(video) for video in rollouts.videos] == [1 + 2 * 5, 1 + 2 * 3]
 
 
-def test_a_second_opinion_is_asked_every_so_often_and_changes_nothing() -> None:
-    def weights(*callbacks: HeldOutCallback) -> dict[str, torch.Tensor]:
-        envs = gym.make_vec(
-            "Prophet-LIBERO-v0", num_envs=4, world_model=ProphetPipeline.tiny_random(), reward_model=Ramp(),
-            video=False, max_chunks=3, autoreset_mode="SameStep",
-        )  # fmt: skip
-        model = PPO("MultiInputPolicy", ProphetVecEnv(envs), n_steps=4, batch_size=8, n_epochs=1, seed=0)
-        return model.learn(40, list(callbacks)).policy.state_dict()
+def learner(wrap: Callable[[VecEnv], VecEnv] = lambda envs: envs, video: bool = False) -> PPO:
+    envs = gym.make_vec(
+        "Prophet-LIBERO-v0", num_envs=4, world_model=ProphetPipeline.tiny_random(), reward_model=Ramp(), video=video,
+        max_chunks=3, autoreset_mode="SameStep",
+    )  # fmt: skip
+    return PPO("MultiInputPolicy", wrap(ProphetVecEnv(envs)), n_steps=4, batch_size=8, n_epochs=1, seed=0)
 
+
+def evaluation(**options: Any) -> ProphetEvalCallback:
     models = {"world_model": ProphetPipeline.tiny_random(1), "reward_model": Balanced()}
-    held_out = HeldOutCallback("libero_spatial", every=20, **models)
-    asked, alone = weights(held_out), weights()
-    assert all(torch.equal(asked[key], alone[key]) for key in alone)
+    return ProphetEvalCallback(every=20, **models | {"max_chunks": 4} | options)
+
+
+def test_a_second_opinion_is_asked_every_so_often_and_changes_nothing() -> None:
+    held_out = evaluation(suite="libero_spatial")
+    asked = learner().learn(40, held_out).policy.state_dict()
+    alone = learner().learn(40)
+    unasked = alone.policy.state_dict()
+    assert all(torch.equal(asked[key], unasked[key]) for key in unasked)
     assert [steps for steps, _ in held_out.history] == [0, 32, 48]
-    assert all(len(outcome.success) == 50 and outcome.rate == 1 for _, outcome in held_out.history)
+    # Four chunks of a probability that rises: the first start's task has 0.4, the others' 0.65.
+    outcomes = [outcome for _, outcome in held_out.history]
+    assert all(len(outcome.success) == 50 and outcome.rate == 0.9 for outcome in outcomes)
+    assert [outcome.expected_rate for outcome in outcomes] == pytest.approx([0.625] * 3)
+    # Another training begins another history.
+    alone.learn(16, held_out)
+    assert [steps for steps, _ in held_out.history] == [0, 16]
+
+
+def test_what_acts_in_an_evaluation_is_the_average_where_there_is_one() -> None:
+    class Lifting(Still):
+        def predict(self, observation: dict[str, np.ndarray], deterministic: bool = False) -> tuple[np.ndarray, None]:
+            assert deterministic
+            acted.append(len(observation["proprio"]))
+            return super().predict(observation)
+
+    acted: list[int] = []
+    model = learner()
+    model.average_policy = Lifting()
+    model.learn(16, evaluation(task=3))
+    assert acted == 2 * 4 * [5]
+
+
+def test_an_evaluation_of_other_observations_is_refused() -> None:
+    def normalized(envs: VecEnv) -> VecEnv:
+        return VecNormalize(envs, norm_obs_keys=["proprio"])
+
+    for model in (learner(normalized), learner(lambda envs: VecFrameStack(envs, 2)), learner(video=True)):
+        with pytest.raises(ValueError, match="Train on a Prophet environment with video=False"):
+            model.learn(16, evaluation())
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        ProphetEvalCallback(every=0)
+    with pytest.raises(ValueError, match="Unknown suite 'libero_90'"):
+        ProphetEvalCallback(suite="libero_90")
 
 
 def test_every_episode_has_noise_of_its_own_that_the_seed_decides() -> None:

@@ -85,7 +85,7 @@ def test_the_shipped_policy_acts() -> None:
     assert 0 <= low <= result.rate <= high <= 1
 
 
-@pytest.mark.parametrize("world_model", ["prophet-libero-tiny", "prophet-libero-heldout"])
+@pytest.mark.parametrize("world_model", ["prophet-libero-tiny", "prophet-libero-held-out"])
 def test_the_post_trained_policy_succeeds_more_often_in_either_prophet(world_model: str) -> None:
     cloned, trained = (
         evaluate_in_prophet(
@@ -103,7 +103,7 @@ def test_the_post_trained_policy_succeeds_more_often_in_either_prophet(world_mod
 
 
 def test_the_held_out_prophet_moves_by_weights_of_its_own() -> None:
-    one, other = (load_world_model(f"prophet-libero-{name}", "cpu") for name in ("tiny", "heldout"))
+    one, other = (load_world_model(f"prophet-libero-{name}", "cpu") for name in ("tiny", "held-out"))
     assert (
         not other.has_video and one.config.cameras == other.config.cameras and one.config.robots == other.config.robots
     )
@@ -138,17 +138,26 @@ def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.Capture
     command += ["--num-envs", "16", "--steps", "100", "--out", str(tmp_path), "--device", "cpu"]
     assert fagrpo_main(command) == 0
     assert (tmp_path / "model.safetensors").stat().st_size > 1000
-    # A second opinion changes nothing, and stands in the log.
-    asked = command.copy()
-    asked[asked.index(str(tmp_path))] = str(tmp_path / "asked")
-    assert fagrpo_main([*asked, "--held-out", "prophet-libero-heldout"]) == 0
+    # A second opinion changes nothing of what is learned, and stands in the log.
+    learning = [*command[:-3], "alone", *command[-2:], "--reward-type", "probability", "--max-chunks", "4"]
+    written = []
+    for name, options in (("alone", []), ("asked", ["--held-out", "prophet-libero-held-out"])):
+        learning[learning.index("--out") + 1] = str(tmp_path / name)
+        assert fagrpo_main([*learning, *options]) == 0
+        written.append(FlowPolicy.from_safetensors(tmp_path / name).state_dict())
     said = capsys.readouterr().out
-    assert "held_out/" in said and "expected_rate" in said
-    first, second = (FlowPolicy.from_safetensors(path).state_dict() for path in (tmp_path, tmp_path / "asked"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    asked.remove("--no-video")
-    assert fagrpo_main([*asked, "--held-out", "prophet-libero-heldout"]) == 2
-    assert "give --no-video and --suite" in capsys.readouterr().err
+    assert "held_out/" in said and "rewarding/" in said and "expected_rate" in said
+    shipped = FlowPolicy.from_safetensors(WEIGHTS / "flow-policy-libero-40").state_dict()
+    assert all(torch.equal(written[0][key], written[1][key]) for key in shipped)
+    assert any(not torch.equal(written[0][key], shipped[key]) for key in shipped)
+    for options, message in (
+        (["--frame-stack", "2"], "without --frame-stack"),
+        (["--env", "Pendulum-v1"], "with --no-video"),
+    ):
+        assert fagrpo_main([*learning, "--held-out", "prophet-libero-held-out", *options]) == 2
+        assert message in capsys.readouterr().err
+    assert fagrpo_main([*learning, "--held-out", "none-such"]) == 2
+    assert "'prophet-libero-held-out'" in capsys.readouterr().err
     # Another environment has no world model.
     other = ["train", command[1], "--env", "Pendulum-v1", "--num-envs", "8", "--out", str(tmp_path / "other")]
     assert fagrpo_main([*other, "--world-model", "prophet-libero-tiny"]) == 2

@@ -505,7 +505,7 @@ def test_a_prophet_without_video_moves_robots_alike_and_says_what_it_lacks(
         lambda: felt.replay(images, proprio, actions, SUITES[:3]),
         lambda: adapt(felt, arrays, arrays, tmp_path / "out", recipe="adapt"),
     ):
-        with pytest.raises(ValueError, match="it imagines the motion alone: pass video=False"):
+        with pytest.raises(ValueError, match="it imagines the motion alone, for environments"):
             use()
 
 

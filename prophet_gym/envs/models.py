@@ -130,8 +130,8 @@ def resolve_models(
                 f"{type(model).__name__} cannot be used here: it has no {missing}. "
                 "Pass a name, a path or a model that has them."
             )
-    if video and not getattr(world, "has_video", True):
-        world.require_video()
+    if video and (require_video := getattr(world, "require_video", None)):
+        require_video()
     return world, reward
 
 

@@ -47,8 +47,12 @@ class Rollouts:
 
     @property
     def expected_rate(self) -> float | None:
-        """In Prophet, the mean of the probabilities: nearer to reality than `rate` for a policy that was rewarded in
-        Prophet, whose episodes are many that just pass. None in reality."""
+        """In Prophet, the mean of the probabilities; None in reality.
+
+        Of a policy that was rewarded at a threshold many episodes come to lie just above it, and by the shipped judge
+        this is nearer to reality than `rate`. It is cut off where the environment ends episodes: compare it at one
+        threshold.
+        """
         return None if self.probability is None else float(self.probability.mean())
 
     def __str__(self) -> str:
@@ -71,19 +75,21 @@ def evaluate_in_prophet(
     split: str = "val",
     seed: int = 0,
     deterministic: bool = False,
+    progress_bar: bool = True,
     **env_arguments: Any,
 ) -> Rollouts:
     """Roll the policy out in Prophet, all episodes side by side.
 
     An episode counts as solved where the reward model's probability reaches its balanced threshold, if it has one: at
     the environment's own, which is there for RL, few failures pass and many successes are missed. It goes on until the
-    environment ends it, for the sake of its highest probability.
+    environment ends it, at its own threshold, for the sake of its highest probability.
 
     Args:
         policy: see `Policy`.
         suite: task suite. starts: int (N, 2), task and init_state of each episode, see `starts_of`. split: of the
         starts.
         seed: of the world model's noise and of the member that moves an episode. deterministic: passed to `predict`.
+        progress_bar: show one.
         env_arguments: further arguments of `ProphetVectorEnv`; the autoreset mode is of no account. Episodes are as
             long as the suite's recordings, if it has any, unless `max_chunks` says otherwise.
 
@@ -101,7 +107,7 @@ def evaluate_in_prophet(
     running, success = np.ones(len(starts), bool), np.zeros(len(starts), bool)
     ends, highest = np.ones(len(starts), int), np.zeros(len(starts))
     clips = [observation["image"][:, None].copy()] if env.video else []
-    for _ in tqdm(range(env.max_chunks), desc="in Prophet", leave=False):
+    for _ in tqdm(range(env.max_chunks), desc="in Prophet", leave=False, disable=not progress_bar):
         actions, _ = policy.predict(observation, deterministic=deterministic)
         observation, _, terminated, truncated, info = env.step(actions)
         if env.video:

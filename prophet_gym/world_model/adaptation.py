@@ -117,8 +117,8 @@ def adapt(
     """
     check_recipe(recipe, lora_rank, num_members)
     out = Path(out)
-    has_video = "rollouts" in RECIPES[recipe]
-    check_shapes(pipeline, train_arrays, has_video)
+    trains_video = "rollouts" in RECIPES[recipe]
+    check_shapes(pipeline, train_arrays, trains_video)
     finished = finished_pipeline(
         out,
         device,
@@ -142,11 +142,11 @@ def adapt(
     pipeline.to(device)
     pipeline.register_to_config(cameras=pipeline.config.cameras | (cameras or {}))
     set_robots(pipeline, train_arrays)
-    check_validation(pipeline, val_arrays, has_video)
-    if has_video:
+    check_validation(pipeline, val_arrays, trains_video)
+    if trains_video:
         has_chunk(pipeline, train_arrays)  # raises before hours of other stages
     stages = dict(RECIPES[recipe])
-    if has_video and pipeline.vae.frozen and lora_rank is None:
+    if trains_video and pipeline.vae.frozen and lora_rank is None:
         # Of a pretrained model's two billion weights: the preset cosmos-2b learns a tenth as fast as tiny.
         rate = 0.1 * stages["rollouts"]["learning_rate"]
         stages["rollouts"] = stages["rollouts"] | {"learning_rate": rate}
@@ -162,7 +162,7 @@ def adapt(
         if stages.get("halfway") and not new:
             for name, weight in pipeline.proprioception.members.state_dict().items():
                 weight.lerp_(old[name], 0.5)
-    if has_video:
+    if trains_video:
         latents = fit_autoencoder(pipeline, train_arrays, out, stages, seed)
         fit_video(pipeline, train_arrays, val_arrays, latents, out, stages, seed, lora_rank)
     save_pipeline(pipeline, out)

@@ -220,8 +220,8 @@ class ProphetPipeline(DiffusionPipeline):
         """Raise a `ValueError` where there is the motion alone."""
         if not self.has_video:
             raise ValueError(
-                "This Prophet has no autoencoder and no transformer, it imagines the motion alone: pass video=False "
-                "(--no-video), or use a Prophet that has them, such as 'prophet-libero-tiny'."
+                "This Prophet has no autoencoder and no transformer: it imagines the motion alone, for environments "
+                "with video=False. For pictures take one that has them, such as 'prophet-libero-tiny'."
             )
 
     @property
