@@ -201,7 +201,7 @@ def report(
     }
     write_json(out / "results.json", {"success": summary, "training_curve": curve, "expected": expected})
 
-    figure, axes = plt.subplots(figsize=(6, 3.5))
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     axes.plot(
         np.arange(len(curve)), 100 * np.array(curve), color="C0", alpha=0.4, label="each rollout, training starts"
     )
@@ -212,8 +212,7 @@ def report(
         label = f"{name.replace('_', '-')} Prophet, validation starts, deterministic, expected"
         axes.plot(it["rollouts"], 100 * np.array(it["rates"]), "o-", color=color, label=label)
     axes.set(xlabel="FA-GRPO rollouts so far", ylabel="success in Prophet (%)", ylim=(0, 100))
-    axes.legend(loc="lower right", fontsize="small")
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", fontsize="small")
     figure.savefig(out / "learning_curve.png", dpi=120)
 
     for name in before:
