@@ -181,6 +181,22 @@ def test_the_recipe_motion_trains_the_proprioception_alone(
             assert torch.equal(value, getattr(old, part).state_dict()[key])
 
 
+def test_a_prophet_without_video_learns_a_motion_anew(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 2, "batch_size": 4}
+    monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage})
+    whole, arrays = load(base), (new_world(4), new_world(2, seed=1))
+    settings = {name: whole.config[name] for name in ("cameras", "robots")}
+    felt = ProphetPipeline(None, None, load(base).proprioception, whole.scheduler, **settings)
+    one, other = (
+        adapt(some, *arrays, tmp_path / name, recipe="motion").proprioception.state_dict()
+        for some, name in ((whole, "whole"), (felt, "felt"))
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not load(tmp_path / "felt" / "pipeline").has_video
+
+
 def test_the_recipe_motion_forgets_the_old_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = adaptation.RECIPES["motion"]["proprioception"] | {"steps": 1, "batch_size": 4, "learning_rate": 1e-9}
     monkeypatch.setitem(adaptation.RECIPES, "motion", {"anew": True, "proprioception": stage})

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +19,7 @@ from fagrpo import FAGRPO, FlowPolicy
 from fagrpo.cli import main as fagrpo_main
 from prophet_gym.data.episode import SPLITS
 from prophet_gym.envs.models import WEIGHTS, load_world_model
+from prophet_gym.evaluation.eval_callback import ProphetEvalCallback
 from prophet_gym.evaluation.policy_success import evaluate_in_prophet, starts_of
 
 MIB = 2**20
@@ -132,6 +134,32 @@ def test_fagrpo_trains_the_shipped_blind_policy_without_video(tmp_path: Path) ->
     assert len(seen.success) == len(felt.success) == 4 and len(seen.videos) == 2 and not felt.videos
 
 
+def test_held_out_evaluations_are_of_the_run_and_in_both_prophets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[ProphetEvalCallback] = []
+
+    class Recorded(ProphetEvalCallback):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr("prophet_gym.evaluation.eval_callback.ProphetEvalCallback", Recorded)
+    command = ["train", "flow-policy-libero-40", "--no-video", "--suite", "libero_spatial", "--task", "3", "--quiet"]
+    command += ["--max-chunks", "2", "--threshold", "balanced", "--num-envs", "8", "--steps", "16", "--device", "cpu"]
+    command += ["--held-out", "prophet-libero-held-out", "--held-out-every", "7", "--out", str(tmp_path)]
+    assert fagrpo_main(command) == 0
+    assert [(one.name, one.env_arguments.get("world_model")) for one in made] == [
+        ("held_out", "prophet-libero-held-out"),
+        ("rewarding", None),
+    ]
+    for one in made:
+        assert one.suite == "libero_spatial" and one.every == 7 and set(one.starts[:, 0]) == {3}
+        assert one.env_arguments["max_chunks"] == 2 and "threshold" not in one.env_arguments
+        assert [steps for steps, _ in one.history] == [0, 16]
+    assert made[0].history[0][1].expected_rate != made[1].history[0][1].expected_rate
+
+
 def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", str(WEIGHTS / "flow-policy-libero-40"), "--no-video", "--suite", "libero_spatial", "--quiet"]
     command += ["--world-model", str(WEIGHTS / "prophet-libero-tiny"), "--reward-model", "reward-libero"]
@@ -156,6 +184,9 @@ def test_the_command_trains_without_video(tmp_path: Path, capsys: pytest.Capture
     ):
         assert fagrpo_main([*learning, "--held-out", "prophet-libero-held-out", *options]) == 2
         assert message in capsys.readouterr().err
+    seeing = [option for option in learning if option != "--no-video"]
+    assert fagrpo_main([*seeing, "--held-out", "prophet-libero-held-out"]) == 2
+    assert "with --no-video" in capsys.readouterr().err
     assert fagrpo_main([*learning, "--held-out", "none-such"]) == 2
     assert "'prophet-libero-held-out'" in capsys.readouterr().err
     # Another environment has no world model.
@@ -185,6 +216,11 @@ def test_the_quickstart(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["success"]["Prophet without video"]["before"]) == 200
     assert len(results["success"]["Prophet"]["after"]) == 50 and len(results["training_curve"]) >= 1
-    assert len(results["success"]["Prophet without video, deterministic"]["after"]) == 50
+    for name in ("Prophet without video, deterministic", "held-out Prophet, deterministic"):
+        assert len(results["success"][name]["after"]) == 50
+    assert set(results["expected"]) == {"rewarding", "held_out"}
+    for it in results["expected"].values():
+        assert it["rollouts"][0] == 0 and it["rollouts"][-1] == len(results["training_curve"])
+        assert len(it["rates"]) == len(it["rollouts"]) >= 2
     for name in ("learning_curve.png", "before_after_prophet.mp4", "policy/model.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000

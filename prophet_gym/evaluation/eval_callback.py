@@ -58,6 +58,7 @@ class ProphetEvalCallback(BaseCallback):
         self.name, self.suite, self.every = name, suite, every
         self.env_arguments = env_arguments | {"start_states": start_states, "video": False}
         self.history: list[tuple[int, Rollouts]] = []
+        self._trained = False  # since the latest evaluation
 
     def _on_training_start(self) -> None:
         self.history = []
@@ -76,8 +77,11 @@ class ProphetEvalCallback(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
+    def _on_rollout_end(self) -> None:
+        self._trained = True
+
     def _on_training_end(self) -> None:
-        if self.history and self.history[-1][0] < self.num_timesteps:
+        if self._trained:
             self._evaluate()
 
     def _evaluate(self) -> None:
@@ -86,6 +90,7 @@ class ProphetEvalCallback(BaseCallback):
             policy, self.suite, self.starts, split="val", deterministic=True, progress_bar=False, **self.env_arguments
         )
         self.history.append((self.num_timesteps, outcome))
+        self._trained = False
         if self.verbose:
             print(f"{self.name}, {self.num_timesteps} steps: {outcome}")
         self.logger.record(f"{self.name}/expected_rate", outcome.expected_rate)
