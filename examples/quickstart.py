@@ -38,8 +38,6 @@ from prophet_gym.evaluation.policy_success import Rollouts, evaluate_in_libero, 
 from prophet_gym.simulators.libero import task_names
 from prophet_gym.training import best_precision
 
-HELD_OUT = "prophet-libero-held-out"
-
 
 class LearningCurve(BaseCallback):
     """Keep the success rate of every rollout, show progress, and stop when the time is up."""
@@ -148,7 +146,9 @@ def main() -> None:
         options = {"suite": arguments.suite, "every": 10 * 20 * arguments.num_envs}  # about ten rollouts
         evaluations = {
             "Prophet without video, deterministic": ProphetEvalCallback("rewarding", **options),
-            "held-out Prophet, deterministic": ProphetEvalCallback("held_out", world_model=HELD_OUT, **options),
+            "held-out Prophet, deterministic": ProphetEvalCallback(
+                "held_out", world_model="prophet-libero-held-out", **options
+            ),
         }
     model.learn(total_timesteps=10**9, callback=[curve, *evaluations.values()])
     if not curve.success:

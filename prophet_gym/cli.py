@@ -80,9 +80,9 @@ def _adapt(arguments: argparse.Namespace) -> None:
     check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
-    if arguments.recipe != "motion":
+    if video := arguments.recipe != "motion":
         pipeline.require_video()
-    load = partial(load_arrays, datasets, video=arguments.recipe != "motion", num_arms=pipeline.num_arms)
+    load = partial(load_arrays, datasets, video=video, num_arms=pipeline.num_arms)
     episodes = arguments.episodes
     if episodes is None and arguments.recipe not in ("extend", "motion", "video"):
         episodes = 20
