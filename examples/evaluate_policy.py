@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--simulator", choices=SIMULATORS, default="prophet")
     parser.add_argument("--world-model", help="of Prophet: name or folder")
     parser.add_argument("--reward-model", help="of Prophet: name or folder")
-    parser.add_argument("--start-states", help="of Prophet: table of starts of your own")
+    parser.add_argument("--start-states", help="table of starts of your own; the real simulator begins there too")
     parser.add_argument("--no-video", action="store_true", help="Prophet's motion alone, for policies without an image")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--split", choices=("val", "test"), default="val")
@@ -53,14 +53,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=None, help="append the outcome of every episode to this file")
     arguments = parser.parse_args()
-    names = ("world_model", "reward_model", "start_states")
+    names = ("world_model", "reward_model")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.no_video:
         options["video"] = False
     if options and (arguments.simulator != "prophet" or arguments.policy == "expert"):
-        parser.error(
-            "--world-model, --reward-model, --start-states and --no-video belong to Prophet: leave them out here."
-        )
+        parser.error("--world-model, --reward-model and --no-video belong to Prophet: leave them out here.")
 
     torch.manual_seed(arguments.seed)
     if arguments.repeats is None:  # a deterministic policy does the same again
@@ -69,6 +67,8 @@ def main() -> None:
     if arguments.start_states:
         table = load_start_states(arguments.start_states)
         starts = np.repeat(table.pairs(arguments.suite, arguments.split), arguments.repeats, axis=0)
+        if arguments.simulator == "prophet":
+            options["start_states"] = arguments.start_states
     if arguments.policy == "expert":
         scripted = [suite for suite in EXPERT_TASKS if "clean" in SUITES[suite].recipes]  # in libero_90 they only play
         if arguments.suite not in scripted:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 PRESETS = ("tiny", "brief", "base", "cosmos-2b", "debug")
-RECIPES = ("adapt", "extend", "motion", "video", "debug")
+RECIPES = ("adapt", "extend", "motion", "refine", "video", "debug")
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -75,16 +75,16 @@ def _adapt(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_world_model
-    from prophet_gym.world_model.adaptation import adapt, check_recipe
+    from prophet_gym.world_model.adaptation import RECIPES, adapt, check_recipe
 
     check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
-    if video := arguments.recipe != "motion":
+    if video := "rollouts" in RECIPES[arguments.recipe]:
         pipeline.require_video()
     load = partial(load_arrays, datasets, video=video, num_arms=pipeline.num_arms)
     episodes = arguments.episodes
-    if episodes is None and arguments.recipe not in ("extend", "motion", "video"):
+    if episodes is None and arguments.recipe in ("adapt", "debug"):
         episodes = 20
     adapt(
         pipeline,
@@ -268,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--episodes",
         type=positive_int,
         default=None,
-        help="at most this many training episodes, in all; 20 by default, and all of them for extend, motion and video",
+        help="at most this many training episodes, in all; 20 by default with --recipe adapt or debug, else all",
     )
     adapt.add_argument(
         "--lora-rank", type=positive_int, default=None, help="train low-rank adapters of the transformer alone"
@@ -277,7 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipe",
         default="adapt",
         choices=RECIPES,
-        help="adapt; extend, video (a GPU), or motion, which begins anew (many episodes); debug (seconds)",
+        help="adapt; refine, the motion alone (hundreds of episodes); extend, video (a GPU), or motion, which begins "
+        "anew (many episodes); debug (seconds)",
     )
     adapt.add_argument("--members", type=positive_int, default=None, help="of the proprioception, with --recipe motion")
     adapt.add_argument("--out", required=True, help="folder for checkpoints, TensorBoard and the pipeline")

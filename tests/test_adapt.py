@@ -181,6 +181,28 @@ def test_the_recipe_motion_trains_the_proprioception_alone(
             assert torch.equal(value, getattr(old, part).state_dict()[key])
 
 
+def test_the_recipe_refine_goes_on_with_the_proprioception_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {name: dict(stage) for name, stage in adaptation.RECIPES["refine"].items()}
+    assert recipe.keys() == {"proprioception"}
+    recipe["proprioception"] |= {"steps": 60, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9}
+    monkeypatch.setitem(adaptation.RECIPES, "refine", recipe)
+    arrays = new_world(8)
+    rehearsed = tuple(replace(record, kind="rehearsed") for record in arrays.records)
+    arrays = replace(arrays, records=rehearsed)
+    refined, old = adapt(load(base), arrays, new_world(2, seed=1), tmp_path / "out", recipe="refine"), load(base)
+    assert losses(refined)["proprioception"] < 0.9 * losses(old)["proprioception"]
+    for part in ("vae", "transformer"):
+        for key, value in getattr(old, part).state_dict().items():
+            assert torch.equal(value, getattr(refined, part).state_dict()[key])
+    # What says that actions are rehearsed was zero, and has learned.
+    says = (pipeline.proprioception.members[0].encoder.weight for pipeline in (old, refined))
+    told, robots = old.proprioception.proprio_dim + old.proprioception.config.robots, old.proprioception.config.robots
+    before, after = (weight[:, told : told + robots] for weight in says)
+    assert not before.any() and after.any()
+
+
 def test_a_prophet_without_video_learns_a_motion_anew(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

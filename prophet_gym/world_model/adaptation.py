@@ -44,6 +44,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The proprioception alone and anew, from many episodes, old and new, of all robots that the pipeline knows; they
     # need no video. Models that went on from the old weights did worse on others, or no better (docs/experiments.md).
     "motion": {"anew": True, "proprioception": {"steps": 30_000, "batch_size": 128, "learning_rate": 2e-3}},
+    # The proprioception alone, going on from what it was, from hundreds of episodes of a suite, rehearsed ones among
+    # them. Not further: four times the steps learn these by heart (docs/experiments.md, "A suite it has never seen").
+    "refine": {"proprioception": {"steps": 1500, "batch_size": 128, "learning_rate": 1e-3}},
     # The video alone, from many episodes, old and new: an autoencoder that has seen more, and transformer and decoder
     # together on their own rollouts. For a GPU.
     "video": {

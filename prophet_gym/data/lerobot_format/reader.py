@@ -344,8 +344,8 @@ def check_video(datasets: Sequence[EpisodeDataset]) -> None:
     """Raise a ValueError where a data set was recorded without video."""
     if blind := [str(dataset.root) for dataset in datasets if not dataset.video]:
         raise ValueError(
-            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion`, `prophet "
-            "train-reward --motion` and `fagrpo sft --blind` learn from them."
+            f"{blind} were recorded without video: leave them out here. `prophet adapt --recipe motion` and "
+            "`refine`, `prophet train-reward --motion` and `fagrpo sft --blind` learn from them."
         )
 
 
