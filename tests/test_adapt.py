@@ -347,7 +347,7 @@ def test_the_saved_adapters_are_what_was_fused(base: Path, tmp_path: Path, rank:
 def test_what_does_not_fit_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = new_world(2)
     run = partial(adapt, load(base), out=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend', 'motion', 'video'\]"):
+    with pytest.raises(ValueError, match=r"choose one of \['adapt', 'debug', 'extend', 'motion', 'refine', 'video'\]"):
         run(arrays, arrays, recipe="huge")
     coarse = replace(arrays, actions=arrays.actions[:, :2])
     with pytest.raises(ValueError, match=r"actions of shape \(4, 7\), the episodes have \(2, 7\)"):
