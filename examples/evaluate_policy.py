@@ -63,18 +63,19 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     if arguments.repeats is None:  # a deterministic policy does the same again
         arguments.repeats = 1 if arguments.deterministic else 2
-    starts = starts_of(range(10), SPLITS[arguments.split], arguments.repeats)
+    expert, tasks = arguments.policy == "expert", range(10)
+    if expert:
+        scripted = [suite for suite in EXPERT_TASKS if "clean" in SUITES[suite].recipes]  # in libero_90 they only play
+        if arguments.suite not in scripted:
+            parser.error(f"no script solves tasks of {arguments.suite!r}: choose one of {', '.join(scripted)}")
+        arguments.simulator, tasks = "libero", EXPERT_TASKS[arguments.suite]
+    starts = starts_of(tasks, SPLITS[arguments.split], arguments.repeats)
     if arguments.start_states:
         table = load_start_states(arguments.start_states)
         starts = np.repeat(table.pairs(arguments.suite, arguments.split), arguments.repeats, axis=0)
         if arguments.simulator == "prophet":
             options["start_states"] = arguments.start_states
-    if arguments.policy == "expert":
-        scripted = [suite for suite in EXPERT_TASKS if "clean" in SUITES[suite].recipes]  # in libero_90 they only play
-        if arguments.suite not in scripted:
-            parser.error(f"no script solves tasks of {arguments.suite!r}: choose one of {', '.join(scripted)}")
-        arguments.simulator = "libero"
-        starts = starts_of(EXPERT_TASKS[arguments.suite], SPLITS[arguments.split], arguments.repeats)
+    if expert:
         result = evaluate_expert(arguments.suite, starts, split=arguments.split, seed=arguments.seed)
     else:
         result = SIMULATORS[arguments.simulator](

@@ -75,12 +75,12 @@ def _adapt(arguments: argparse.Namespace) -> None:
     from prophet_gym.data.clips import load_arrays
     from prophet_gym.data.lerobot_format import EpisodeDataset
     from prophet_gym.envs.models import load_world_model
-    from prophet_gym.world_model.adaptation import RECIPES, adapt, check_recipe
+    from prophet_gym.world_model.adaptation import adapt, check_recipe, needs_video
 
     check_recipe(arguments.recipe, arguments.lora_rank, arguments.members)  # before the data are loaded
     datasets = [EpisodeDataset(path) for path in arguments.data]
     pipeline = copy.deepcopy(load_world_model(arguments.checkpoint, "cpu"))
-    if video := "rollouts" in RECIPES[arguments.recipe]:
+    if video := needs_video(arguments.recipe):
         pipeline.require_video()
     load = partial(load_arrays, datasets, video=video, num_arms=pipeline.num_arms)
     episodes = arguments.episodes

@@ -184,10 +184,9 @@ def test_the_recipe_motion_trains_the_proprioception_alone(
 def test_the_recipe_refine_goes_on_with_the_proprioception_alone(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {name: dict(stage) for name, stage in adaptation.RECIPES["refine"].items()}
-    assert recipe.keys() == {"proprioception"}
-    recipe["proprioception"] |= {"steps": 60, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9}
-    monkeypatch.setitem(adaptation.RECIPES, "refine", recipe)
+    assert adaptation.RECIPES["refine"].keys() == {"proprioception"}
+    stage = adaptation.RECIPES["refine"]["proprioception"] | {"steps": 60, "batch_size": 16, "warmup_steps": 5}
+    monkeypatch.setitem(adaptation.RECIPES, "refine", {"proprioception": stage | {"ema_decay": 0.9}})
     arrays = new_world(8)
     rehearsed = tuple(replace(record, kind="rehearsed") for record in arrays.records)
     arrays = replace(arrays, records=rehearsed)

@@ -63,12 +63,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 random weights; "halfway": it ends half-way, see `adapt`; "memory": the levels that a transformer without one gets."""
 
 
+def needs_video(recipe: str) -> bool:
+    """Whether a recipe of `RECIPES` trains transformer and decoder, from episodes with video; or the motion alone."""
+    return "rollouts" in RECIPES[recipe]
+
+
 def check_recipe(recipe: str, lora_rank: int | None, num_members: int | None) -> None:
     """Raise what `adapt` raises of its recipe and of what does not go with it."""
     if recipe not in RECIPES:
         raise ValueError(f"Unknown recipe {recipe!r}; choose one of {sorted(RECIPES)}.")
     if lora_rank is not None:
-        if "rollouts" not in RECIPES[recipe]:
+        if not needs_video(recipe):
             raise ValueError(f"The recipe {recipe!r} has no use for adapters of the transformer: leave lora_rank out.")
         check_lora(lora_rank)
     if num_members is not None and not RECIPES[recipe].get("anew"):
@@ -120,7 +125,7 @@ def adapt(
     """
     check_recipe(recipe, lora_rank, num_members)
     out = Path(out)
-    trains_video = "rollouts" in RECIPES[recipe]
+    trains_video = needs_video(recipe)
     check_shapes(pipeline, train_arrays, trains_video)
     finished = finished_pipeline(
         out,
